@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: MIT
+"""Door 1: a whole training step as one call."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+
+class TrainStep:
+    """The five lines of a training step as one call.
+
+    ``step(input, target)`` does what these lines do, and returns the loss::
+
+        output = model(input)
+        loss = loss_function(output, target)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    Args:
+        model: any ``nn.Module``.
+        loss_function: ``loss_function(output, target)`` returning a 0-dim tensor.
+        optimizer: an optimizer over the model's parameters.
+
+    Raises:
+        TypeError: an argument is none of that.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss_function: Callable[[Tensor, Tensor], Tensor],
+        optimizer: torch.optim.Optimizer,
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(
+                f"TrainStep: model must be an nn.Module, got {type(model).__qualname__}"
+            )
+        if not callable(loss_function):
+            raise TypeError(
+                f"TrainStep: loss_function must be callable, got {type(loss_function).__qualname__}"
+            )
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise TypeError(
+                "TrainStep: optimizer must be a torch.optim.Optimizer, "
+                f"got {type(optimizer).__qualname__}"
+            )
+        self.model = model
+        self.loss_function = loss_function
+        self.optimizer = optimizer
+        self._plan: str | None = None
+
+    @property
+    def plan(self) -> str | None:
+        """The plan of the last call, None before the first."""
+        return self._plan
+
+    def explain(self, input: Tensor, target: Tensor) -> str:
+        """Says which plan ``step(input, target)`` would take, and why no deeper one."""
+        return "plan: plain\nnot deeper: this version has no fused plan"
+
+    def __call__(self, input: Tensor, target: Tensor) -> Tensor:
+        """Runs one training step.
+
+        Args:
+            input: what the model takes.
+            target: what the loss function takes beside the model's output.
+
+        Returns:
+            The loss before the update, detached, 0-dim.
+
+        Raises:
+            Whatever the five lines raise.
+        """
+        self._plan = "plain"
+        output = self.model(input)
+        loss = self.loss_function(output, target)
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return loss.detach()
+
+    def run(
+        self,
+        inputs: Tensor,
+        targets: Tensor,
+        *,
+        epochs: int = 1,
+        batch_size: int | None = None,
+        shuffle: bool = False,
+        generator: torch.Generator | None = None,
+        progress: bool = False,
+    ) -> Tensor:
+        """Runs many training steps: for each epoch, for each batch, ``step(batch)``.
+
+        Args:
+            inputs: [n, ...] all rows.
+            targets: [n, ...] their targets.
+            epochs: how many times to go through all rows.
+            batch_size: rows of a batch; the last one of an epoch may be shorter. None: all rows.
+            shuffle: go through the rows in the order ``torch.randperm(n, generator=generator)``,
+                drawn anew each epoch.
+            generator: source of that order; None: torch's default generator.
+            progress: show a progress bar (needs tqdm).
+
+        Returns:
+            [epochs · ceil(n / batch_size)] the losses of all steps.
+
+        Raises:
+            ValueError: `inputs` and `targets` differ in their rows, or a number is out of range.
+            ImportError: `progress` without tqdm.
+        """
+        for name, tensor in (("inputs", inputs), ("targets", targets)):
+            if tensor.dim() == 0:
+                raise ValueError(
+                    f"TrainStep.run: {name} must have a dimension of rows, got a 0-dim tensor"
+                )
+        n = inputs.shape[0]
+        if targets.shape[0] != n:
+            raise ValueError(
+                f"TrainStep.run: targets must have as many rows as inputs ({n}), "
+                f"got {targets.shape[0]}"
+            )
+        if epochs < 0:
+            raise ValueError(f"TrainStep.run: epochs must not be negative, got {epochs}")
+        if batch_size is None:
+            batch_size = max(n, 1)
+        if batch_size < 1:
+            raise ValueError(f"TrainStep.run: batch_size must be at least 1, got {batch_size}")
+
+        def batches() -> Iterator[tuple[Tensor, Tensor]]:
+            for _ in range(epochs):
+                order = torch.randperm(n, generator=generator) if shuffle else None
+                for first in range(0, n, batch_size):
+                    rows: slice | Tensor = slice(first, first + batch_size)
+                    if order is not None:
+                        rows = order[rows].to(inputs.device)
+                    yield inputs[rows], targets[rows]
+
+        steps = epochs * math.ceil(n / batch_size)
+        bar = _progress_bar(steps) if progress else None
+        losses = []
+        try:
+            for input, target in batches():
+                losses.append(self(input, target))
+                if bar is not None:
+                    bar.update()
+        finally:
+            if bar is not None:
+                bar.close()
+        if not losses:
+            return torch.empty(0, dtype=torch.get_default_dtype(), device=inputs.device)
+        return torch.stack(losses)
+
+
+def _progress_bar(steps: int):
+    """A tqdm bar over `steps` steps."""
+    try:
+        from tqdm.auto import tqdm
+    except ImportError as error:
+        raise ImportError(
+            "TrainStep.run: progress=True needs tqdm; install it with `pip install tqdm`"
+        ) from error
+    return tqdm(total=steps, unit="step")
