@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: MIT
+# Every target is complete on a fresh machine with Python 3.11+ and a C++ compiler: what it needs is
+# installed into $(VENV) first. Stamp files in there make the next run quick.
+
+PYTHON ?= python3
+VENV ?= .venv
+PYTEST_ARGS ?=
+BENCH_ARGS ?=
+
+BIN := $(VENV)/bin
+CSRC := $(shell find csrc -type f)
+CPP_TESTS := $(wildcard tests/cpp/*.cpp)
+CPP_HEADERS := $(wildcard tests/cpp/*.h)
+CPP_FORMATTED := $(shell find csrc tests benchmarks -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+# ASan for memory, UBSan for arithmetic; the first finding ends the run.
+SANITIZE_FLAGS := -std=c++20 -O1 -g -fno-omit-frame-pointer -Wall -Wextra -Wno-psabi -Icsrc \
+	-fsanitize=address,undefined -fno-sanitize-recover=all
+
+.PHONY: help demo test lint format sanitize bench build clean
+.DELETE_ON_ERROR:
+# pip runs one at a time in one environment.
+.NOTPARALLEL:
+
+help:  ## list the targets
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+
+demo: $(VENV)/.demo build  ## train a linear model on real data, plain and fused
+	$(BIN)/python examples/diabetes.py
+
+test: $(VENV)/.test build  ## run the test suite (PYTEST_ARGS="-k name" for a part of it)
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(VENV)/.lint  ## check style: ruff, clang-format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $(CPP_FORMATTED)
+
+format: $(VENV)/.lint  ## bring all sources into that style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CPP_FORMATTED)
+
+sanitize:  ## run the torch-free C++ tests under ASan and UBSan
+ifeq ($(CPP_TESTS),)
+	@echo "sanitize: there are no C++ tests in tests/cpp"
+else
+sanitize: build/sanitize/tests
+	build/sanitize/tests
+endif
+
+bench: $(VENV)/.bench build  ## measure (BENCH_ARGS="..." goes to the script)
+	$(BIN)/python benchmarks/bench_cpu.py $(BENCH_ARGS)
+
+build: $(VENV)/.built  ## compile the extension and install fused_step, editable
+
+clean:  ## remove what was built and written, keep $(VENV)
+	rm -rf build dist demo-output .pytest_cache .ruff_cache .hypothesis *.egg-info
+	rm -f fused_step/*.so $(VENV)/.built
+	find fused_step tests benchmarks examples -name __pycache__ -prune -exec rm -rf {} +
+
+$(VENV)/.made:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "fused_step needs Python 3.11 or newer; name one: make PYTHON=python3.11" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+# One stamp for each file in requirements/; every one of them may include the others.
+$(VENV)/.%: requirements/%.txt $(wildcard requirements/*.txt) $(VENV)/.made
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r $<
+	@touch $@
+
+$(VENV)/.built: $(VENV)/.build setup.py pyproject.toml $(CSRC)
+	@command -v c++ > /dev/null || { echo "fused_step needs a C++20 compiler (c++)" >&2; exit 1; }
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .
+	@touch $@
+
+build/sanitize/tests: $(CPP_TESTS) $(CPP_HEADERS) $(CSRC)
+	@mkdir -p $(@D)
+	$(CXX) $(SANITIZE_FLAGS) $(CPP_TESTS) $(wildcard csrc/cpu/*.cpp) -o $@
