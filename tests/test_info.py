@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: MIT
+"""``python -m fused_step info``, and the loader of the compiled module."""
+
+from __future__ import annotations
+
+import importlib
+import platform
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import fused_step
+from fused_step import _extension, info
+from fused_step.__main__ import main
+
+
+def entries(report: str) -> dict[str, str]:
+    """The report's indented lines, name to value."""
+    lines = [line.split("  ") for line in report.splitlines() if line.startswith("  ")]
+    pairs = ([part.strip() for part in line if part] for line in lines)
+    return dict(pairs)
+
+
+def test_report_names_the_versions():
+    found = entries(info.report())
+    assert found["fused_step"] == fused_step.__version__
+    assert found["torch"] == torch.__version__
+    assert found["python"] == platform.python_version()
+    assert found["compiler"] == _extension._C.compiler
+
+
+def test_isa_used_is_one_that_was_built():
+    found = entries(info.report())
+    assert found["ISA"] in found["ISA levels"].split(", ")
+
+
+def test_threads_are_torch_threads():
+    torch.set_num_threads(1)
+    found = entries(info.report())
+    assert found["threads"] == "1"
+    assert found["at::parallel_for width"] == "1"
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_parallel_for_is_as_wide_as_torch(threads):
+    torch.set_num_threads(threads)
+    assert _extension._C.parallel_width() == threads
+
+
+def test_command_prints_the_report():
+    output = subprocess.run(
+        [sys.executable, "-W", "error", "-m", "fused_step", "info"],
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    assert entries(output.stdout).keys() == entries(info.report()).keys()
+    assert output.stderr == ""
+
+
+def test_unknown_command_exits_with_usage(capsys):
+    with pytest.raises(SystemExit) as exit_info:
+        main(["nonsense"])
+    assert exit_info.value.code == 2
+    assert "usage: python -m fused_step" in capsys.readouterr().err
+
+
+def test_missing_module_says_how_to_build_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "fused_step._C", None)
+    with pytest.raises(ImportError, match=r"fused_step\._C is missing; build it with `pip install"):
+        _extension.load()
+
+
+def test_module_of_another_torch_says_so(monkeypatch):
+    def undefined_symbol(name):
+        raise ImportError("undefined symbol: _ZN2at4someE")
+
+    monkeypatch.setattr(importlib, "import_module", undefined_symbol)
+    with pytest.raises(ImportError, match=r"does not load with torch .* \(undefined symbol"):
+        _extension.load()
