@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: MIT
+"""Time of a training step of a linear model on the CPU, against PyTorch, NumPy, and the floors.
+
+Usage: python benchmarks/bench_cpu.py [--quick] [--cases NAME,...] [--rounds N] [--out DIR]
+"""
+
+from __future__ import annotations
+
+from harness import driver, floors, fused_steps, torch_steps
+from harness.case import Case
+from harness.contestant import Contestant
+from harness.remote import Remote
+
+# The targets name contestants by key: see contestants() below, and Target in harness/case.py.
+CASES = (
+    Case(
+        3,
+        2,
+        1,
+        (
+            "step >= 100x eager",
+            "step >= 5x numpy",
+            "step <= 2.5x floor_call",
+            "run <= 0.035x floor_call",
+        ),
+        note="The size of the tutorial's sample.",
+    ),
+    Case(64, 13, 1, ("step >= 80x eager", "run <= 0.5x floor_call")),
+    Case(512, 64, 1, ("step >= 40x eager", "run <= 2.5x floor_call")),
+    Case(4096, 1024, 1, ("step >= 2.8x eager", "step >= 1.6x hand")),
+    Case(65536, 1024, 1, ("step >= 1.6x eager", "step <= 1.12x floor_read")),
+    Case(8192, 1024, 16, ("step >= 1.6x eager", "step >= 1.3x hand")),
+    Case(4096, 1024, 128, ("step <= 1.05x floor_gemm",)),
+    Case(1024, 1024, 1024, ("step <= 1.05x floor_gemm",)),
+)
+
+
+def contestants(threads: int) -> list[Contestant]:
+    return [
+        torch_steps.Eager("eager", "eager"),
+        torch_steps.Eager("eager_fused", "eager, SGD(fused=True)", fused=True),
+        torch_steps.HandWritten("hand", "torch by hand", note="no autograd, GEMM into the weight"),
+        Remote("numpy", "NumPy", "harness.numpy_step:NumPyStep", threads),
+        fused_steps.Step("step", "fused_step step()"),
+        fused_steps.Step("step_again", "fused_step step(), again", note="A/A"),
+        fused_steps.Run("run", "fused_step run()", note="many steps a call"),
+        floors.CallFloor("floor_call", "floor: a call"),
+        floors.ReadFloor("floor_read", "floor: one read of x"),
+        floors.GemmFloor("floor_gemm", "floor: two GEMMs"),
+    ]
+
+
+if __name__ == "__main__":
+    driver.run("cpu", __doc__.splitlines()[0], CASES, contestants, "step", "step_again")

@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: MIT
+"""Contestants made of PyTorch alone: the five lines, and the step written by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+
+from harness.case import Data
+from harness.contestant import InProcess
+
+
+def make_linear(data: Data, dtype: torch.dtype = torch.float32) -> torch.nn.Linear:
+    """nn.Linear with the case's initial weights."""
+    model = torch.nn.Linear(data.case.inputs, data.case.outputs, dtype=dtype)
+    with torch.no_grad():
+        model.weight.copy_(torch.from_numpy(data.weight))
+        model.bias.copy_(torch.from_numpy(data.bias))
+    return model
+
+
+def linear_parameters(model: torch.nn.Linear) -> tuple[np.ndarray, np.ndarray]:
+    return model.weight.detach().numpy().copy(), model.bias.detach().numpy().copy()
+
+
+class Eager(InProcess):
+    """The five lines, as every tutorial writes them."""
+
+    def __init__(self, key: str, label: str, note: str = "", **sgd_options: Any):
+        super().__init__(key, label, note)
+        self._sgd_options = sgd_options
+
+    def build(self, data: Data) -> Callable[[Any, Any], Any]:
+        model = self._model = make_linear(data)
+        loss_function = torch.nn.MSELoss()
+        optimizer = torch.optim.SGD(
+            model.parameters(), lr=data.case.learning_rate, **self._sgd_options
+        )
+
+        def step(x: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+            output = model(x)
+            loss = loss_function(output, target)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            return loss
+
+        return step
+
+    def parameters(self) -> tuple[np.ndarray, np.ndarray]:
+        return linear_parameters(self._model)
+
+    def release(self) -> None:
+        super().release()
+        self._model = None
+
+
+class HandWritten(InProcess):
+    """The step in torch operations without autograd: the update is a GEMM into the weight.
+
+    Grad mode is switched off once around a batch of steps, not in every step, as someone who
+    writes such a loop would do.
+    """
+
+    def build(self, data: Data) -> Callable[[Any, Any], Any]:
+        case = data.case
+        weight = self._weight = torch.from_numpy(data.weight).clone()  # [O, I]
+        bias = self._bias = torch.from_numpy(data.bias).clone()  # [O]
+        alpha = -2.0 * case.learning_rate / (case.batch * case.outputs)
+
+        def step(x: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+            error = torch.addmm(bias, x, weight.T) - target
+            loss = error.square().mean()
+            weight.addmm_(error.T, x, alpha=alpha)
+            bias.add_(error.sum(0), alpha=alpha)
+            return loss
+
+        return step
+
+    def trajectory(self, steps: int):
+        with torch.no_grad():
+            return super().trajectory(steps)
+
+    def sample(self, steps: int) -> float:
+        with torch.no_grad():
+            return super().sample(steps)
+
+    def parameters(self) -> tuple[np.ndarray, np.ndarray]:
+        return self._weight.numpy().copy(), self._bias.numpy().copy()
+
+    def release(self) -> None:
+        super().release()
+        self._weight = self._bias = None
