@@ -19,12 +19,24 @@ from torch.utils import cpp_extension
 
 # Listed, not globbed: a stray file never ends up in the binary.
 CPU_SOURCES = [
+    "csrc/bindings/linear_mse_sgd_cpu.cpp",
+    "csrc/bindings/linear_step.cpp",
     "csrc/bindings/module.cpp",
+    "csrc/bindings/ops_cpu.cpp",
+    "csrc/bindings/python_objects.cpp",
+    "csrc/bindings/schema.cpp",
+    "csrc/bindings/sgd_groups.cpp",
+    "csrc/bindings/world.cpp",
+    "csrc/cpu/dispatch.cpp",
+    "csrc/cpu/isa_avx2.cpp",
+    "csrc/cpu/isa_avx512.cpp",
+    "csrc/cpu/isa_baseline.cpp",
 ]
 CUDA_SOURCES: list[str] = []
 
 COMPILE_FLAGS = [
     "-O3",
+    "-g1",  # line tables only: full debug information doubles the build time
     "-std=c++20",
     "-fopenmp",  # without it at::parallel_for runs on one thread
     "-fvisibility=hidden",

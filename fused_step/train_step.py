@@ -9,6 +9,10 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
+from fused_step._extension import _C
+
+LossFunction = Callable[[Tensor, Tensor], Tensor]
+
 
 class TrainStep:
     """The five lines of a training step as one call.
@@ -33,7 +37,7 @@ class TrainStep:
     def __init__(
         self,
         model: nn.Module,
-        loss_function: Callable[[Tensor, Tensor], Tensor],
+        loss_function: LossFunction,
         optimizer: torch.optim.Optimizer,
     ) -> None:
         if not isinstance(model, nn.Module):
@@ -49,19 +53,44 @@ class TrainStep:
                 "TrainStep: optimizer must be a torch.optim.Optimizer, "
                 f"got {type(optimizer).__qualname__}"
             )
-        self.model = model
-        self.loss_function = loss_function
-        self.optimizer = optimizer
-        self._plan: str | None = None
+        self._model = model
+        self._loss_function = loss_function
+        self._optimizer = optimizer
+        self._fused = _C.LinearStep(model, loss_function, optimizer)
+        self._fused_step = self._fused.step
+        self._ran_plain = False
+
+    @property
+    def model(self) -> nn.Module:
+        """The model that is trained."""
+        return self._model
+
+    @property
+    def loss_function(self) -> LossFunction:
+        """The loss function."""
+        return self._loss_function
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """The optimizer, whose options and state are read at each call."""
+        return self._optimizer
 
     @property
     def plan(self) -> str | None:
-        """The plan of the last call, None before the first."""
-        return self._plan
+        """The plan of the last call: "one-pass", "gemm" or "plain"; None before the first."""
+        return self._fused.plan or ("plain" if self._ran_plain else None)
 
     def explain(self, input: Tensor, target: Tensor) -> str:
-        """Says which plan ``step(input, target)`` would take, and why no deeper one."""
-        return "plan: plain\nnot deeper: this version has no fused plan"
+        """Says which plan ``step(input, target)`` would take, and why no deeper one.
+
+        Runs nothing and changes nothing.
+
+        Args:
+            input: as for a step.
+            target: as for a step.
+        """
+        plan, reasons = self._fused.explain(input, target)
+        return "\n".join([f"plan: {plan}", *(f"not deeper: {reason}" for reason in reasons)])
 
     def __call__(self, input: Tensor, target: Tensor) -> Tensor:
         """Runs one training step.
@@ -76,12 +105,16 @@ class TrainStep:
         Raises:
             Whatever the five lines raise.
         """
-        self._plan = "plain"
-        output = self.model(input)
-        loss = self.loss_function(output, target)
+        loss = self._fused_step(input, target)
+        return loss if loss is not None else self._plain_step(input, target)
+
+    def _plain_step(self, input: Tensor, target: Tensor) -> Tensor:
+        self._ran_plain = True
+        output = self._model(input)
+        loss = self._loss_function(output, target)
         loss.backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        self._optimizer.step()
+        self._optimizer.zero_grad()
         return loss.detach()
 
     def run(
@@ -132,20 +165,21 @@ class TrainStep:
         if batch_size < 1:
             raise ValueError(f"TrainStep.run: batch_size must be at least 1, got {batch_size}")
 
-        def batches() -> Iterator[tuple[Tensor, Tensor]]:
-            for _ in range(epochs):
-                order = torch.randperm(n, generator=generator) if shuffle else None
-                for first in range(0, n, batch_size):
-                    rows: slice | Tensor = slice(first, first + batch_size)
-                    if order is not None:
-                        rows = order[rows].to(inputs.device)
-                    yield inputs[rows], targets[rows]
-
-        steps = epochs * math.ceil(n / batch_size)
-        bar = _progress_bar(steps) if progress else None
-        losses = []
+        bar = _progress_bar(epochs * math.ceil(n / batch_size)) if progress else None
         try:
-            for input, target in batches():
+            losses = self._fused.run(
+                inputs,
+                targets,
+                epochs,
+                batch_size,
+                shuffle,
+                generator,
+                None if bar is None else lambda done: bar.update(done - bar.n),
+            )
+            if losses is not None:
+                return losses
+            losses = []
+            for input, target in _batches(inputs, targets, epochs, batch_size, shuffle, generator):
                 losses.append(self(input, target))
                 if bar is not None:
                     bar.update()
@@ -155,6 +189,24 @@ class TrainStep:
         if not losses:
             return torch.empty(0, dtype=torch.get_default_dtype(), device=inputs.device)
         return torch.stack(losses)
+
+
+def _batches(
+    inputs: Tensor,
+    targets: Tensor,
+    epochs: int,
+    batch_size: int,
+    shuffle: bool,
+    generator: torch.Generator | None,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    n = inputs.shape[0]
+    for _ in range(epochs):
+        order = torch.randperm(n, generator=generator) if shuffle else None
+        for first in range(0, n, batch_size):
+            rows: slice | Tensor = slice(first, first + batch_size)
+            if order is not None:
+                rows = order[rows].to(inputs.device)
+            yield inputs[rows], targets[rows]
 
 
 def _progress_bar(steps: int):

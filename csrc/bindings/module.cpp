@@ -2,14 +2,24 @@
 // The Python module fused_step._C: what it offers, and nothing of how it is done.
 #include <ATen/Parallel.h>
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+#include <torch/csrc/utils/pybind.h>
 
 #include <cstdint>
 #include <mutex>
 #include <set>
+#include <string>
 #include <thread>
+#include <vector>
+
+#include "bindings/linear_step.h"
+#include "bindings/python_objects.h"
+#include "cpu/kernels.h"
 
 namespace fused_step {
 namespace {
+
+namespace py = pybind11;
 
 // Number of distinct threads that run at::parallel_for's chunks. Counted, not asked for: built
 // without -fopenmp it is 1 whatever at::get_num_threads() says.
@@ -23,6 +33,23 @@ int64_t parallel_width() {
   return static_cast<int64_t>(threads.size());
 }
 
+std::vector<std::string> isa_levels(bool supported_only) {
+  std::vector<std::string> names;
+  for (int k = 0; k < cpu::kIsaCount; ++k) {
+    const auto isa = static_cast<cpu::Isa>(k);
+    if (!supported_only || cpu::isa_supported(isa)) names.emplace_back(cpu::isa_name(isa));
+  }
+  return names;
+}
+
+void use_isa(const std::string& name) {
+  for (int k = 0; k < cpu::kIsaCount; ++k) {
+    const auto isa = static_cast<cpu::Isa>(k);
+    if (name == cpu::isa_name(isa) && cpu::use_isa(isa)) return;
+  }
+  throw py::value_error("use_isa: expected an instruction set of this processor, got " + name);
+}
+
 }  // namespace
 }  // namespace fused_step
 
@@ -33,8 +60,29 @@ int64_t parallel_width() {
 #endif
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+  namespace py = pybind11;
+  using fused_step::LinearStep;
+  fused_step::python_objects();
+
   m.attr("compiler") = FUSED_STEP_COMPILER;
   m.def("parallel_width", &fused_step::parallel_width,
         "Number of distinct threads that at::parallel_for uses in this extension.",
-        pybind11::call_guard<pybind11::gil_scoped_release>());
+        py::call_guard<py::gil_scoped_release>());
+  m.def("isa_levels", &fused_step::isa_levels, py::arg("supported_only") = false,
+        "Instruction sets that loops were compiled for, or those this processor has.");
+  m.def(
+      "isa_used", [] { return fused_step::cpu::isa_name(fused_step::cpu::isa_used()); },
+      "The instruction set in use.");
+  m.def("use_isa", &fused_step::use_isa, py::arg("name"),
+        "Uses another instruction set from now on; for tests.");
+
+  py::class_<LinearStep>(m, "LinearStep", py::module_local(),
+                         "Fused plans of TrainStep for a linear model; see train_step.py.")
+      .def(py::init<py::object, py::object, py::object>(), py::arg("model"),
+           py::arg("loss_function"), py::arg("optimizer"))
+      .def("step", &LinearStep::step, py::arg("input"), py::arg("target"))
+      .def("run", &LinearStep::run, py::arg("inputs"), py::arg("targets"), py::arg("epochs"),
+           py::arg("batch_size"), py::arg("shuffle"), py::arg("generator"), py::arg("progress"))
+      .def("explain", &LinearStep::explain, py::arg("input"), py::arg("target"))
+      .def_property_readonly("plan", &LinearStep::plan);
 }

@@ -1,0 +1,31 @@
+// SPDX-License-Identifier: MIT
+// The form of every error of an op: op, argument, expected, got.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <c10/util/Exception.h>
+
+#include <cstdint>
+#include <vector>
+
+namespace fused_step {
+
+inline void check_shape(const char* op, const char* name, const at::Tensor& tensor,
+                        const char* meaning, at::IntArrayRef expected) {
+  TORCH_CHECK_VALUE(tensor.sizes() == expected, op, ": ", name, " must have ", meaning, " ",
+                    expected, ", got ", tensor.sizes());
+}
+
+inline void check_dtype(const char* op, const char* name, const at::Tensor& tensor,
+                        at::ScalarType expected) {
+  TORCH_CHECK_TYPE(tensor.scalar_type() == expected, op, ": ", name, " must have the dtype of ",
+                   "weight ", expected, ", got ", tensor.scalar_type());
+}
+
+// Memory that is written: [data, data + nbytes) without gaps.
+inline void check_written(const char* op, const char* name, const at::Tensor& tensor) {
+  TORCH_CHECK_VALUE(tensor.is_contiguous(), op, ": ", name, " must be contiguous, got strides ",
+                    tensor.strides(), " for shape ", tensor.sizes());
+}
+
+}  // namespace fused_step

@@ -1,0 +1,60 @@
+// SPDX-License-Identifier: MIT
+// The whole step of one linear layer on tensors: allocates, picks the plan, runs it. Arguments are
+// checked by the callers (ops_cpu.cpp, linear_step.cpp).
+#pragma once
+
+#include <ATen/core/Generator.h>
+#include <ATen/core/Tensor.h>
+
+#include <cstdint>
+#include <functional>
+#include <optional>
+
+#include "core/params.h"
+#include "cpu/policy.h"
+
+namespace fused_step {
+
+// What a step changes, and how. Undefined tensors: no bias, no momentum.
+struct LinearSgdState {
+  at::Tensor weight;      // [O, I] contiguous, float32 or float64
+  at::Tensor bias;        // [O] contiguous
+  at::Tensor weight_buf;  // [O, I] contiguous, defined with momentum
+  at::Tensor bias_buf;    // [O] contiguous, defined with bias and momentum
+  SgdOptions weight_options;
+  SgdOptions bias_options;
+  Reduction reduction = Reduction::kMean;
+};
+
+// Scratch memory that outlives a step, so that a step allocates only its loss.
+class Workspace {
+ public:
+  // At least `bytes`, aligned to 64.
+  void* reserve(int64_t bytes);
+
+ private:
+  at::Tensor memory_;
+};
+
+// The plan for a batch of B rows.
+cpu::Plan plan_for(const LinearSgdState& state, int64_t B);
+
+// One step on input [*, I] and target [*, O]; returns the loss before the update, 0-dim.
+at::Tensor linear_mse_sgd_cpu(const LinearSgdState& state, const at::Tensor& input,
+                              const at::Tensor& target, Workspace& workspace);
+
+struct RunOptions {
+  int64_t epochs;
+  int64_t batch_size;
+  bool shuffle;
+  std::optional<at::Generator> generator;
+};
+
+// epochs * ceil(n / batch_size) steps on inputs [n, ..., I] and targets [n, ..., O], in the order
+// of the rows or of torch.randperm; returns their losses, 1-dim. Every few milliseconds `poll` is
+// called with the number of whole steps done, and may throw to end the run there.
+at::Tensor run_linear_mse_sgd_cpu(LinearSgdState state, const at::Tensor& inputs,
+                                  const at::Tensor& targets, const RunOptions& options,
+                                  Workspace& workspace, const std::function<void(int64_t)>& poll);
+
+}  // namespace fused_step

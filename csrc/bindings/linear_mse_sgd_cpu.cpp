@@ -1,0 +1,391 @@
+// SPDX-License-Identifier: MIT
+// The whole step of one linear layer on the CPU: tensors to pointers, threads, and the GEMMs.
+#include <ATen/EmptyTensor.h>
+#include <ATen/Parallel.h>
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/ops/addmm.h>
+#include <ATen/ops/from_blob.h>
+#include <ATen/ops/mm.h>
+#include <ATen/ops/randperm.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
+#include <c10/util/accumulate.h>
+
+#include <algorithm>
+#include <cstring>
+
+#include "bindings/linear_mse_sgd.h"
+#include "core/mse_math.h"
+#include "core/sgd_math.h"
+#include "cpu/bias.h"
+#include "cpu/kernels.h"
+
+namespace fused_step {
+
+using cpu::Plan;
+
+void* Workspace::reserve(int64_t bytes) {
+  if (!memory_.defined() || memory_.numel() < bytes) {
+    memory_ = at::Tensor();  // freed before the larger one is taken
+    memory_ = at::detail::empty_cpu({bytes}, at::TensorOptions().dtype(at::kByte));
+  }
+  return memory_.mutable_data_ptr();
+}
+
+namespace {
+
+// The ATen calls below are the op's own: autograd, version counting and autocast stay outside.
+class BelowDispatcher {
+ private:
+  at::AutoDispatchBelowADInplaceOrView below_autograd_;
+  c10::impl::ExcludeDispatchKeyGuard no_autocast_{c10::autocast_dispatch_keyset};
+};
+
+// [rows, columns] with adjacent columns, a copy only where no such view exists.
+at::Tensor as_rows(const at::Tensor& t, int64_t columns) {
+  if (t.dim() == 2 && (t.stride(1) == 1 || columns == 1)) return t;
+  const int64_t rows = c10::multiply_integers(t.sizes().slice(0, t.dim() - 1));
+  return t.contiguous().view({rows, columns});
+}
+
+template <typename T>
+cpu::Rows<T> rows_of(const at::Tensor& x, const at::Tensor& target) {
+  return {x.const_data_ptr<T>(), target.const_data_ptr<T>(), x.stride(0), target.stride(0),
+          x.size(0)};
+}
+
+template <typename T>
+T* data_or_null(const at::Tensor& t) {
+  return t.defined() ? t.mutable_data_ptr<T>() : nullptr;
+}
+
+template <typename T>
+cpu::LinearParams<T> params_of(const LinearSgdState& s) {
+  return {data_or_null<T>(s.weight),
+          data_or_null<T>(s.bias),
+          data_or_null<T>(s.weight_buf),
+          data_or_null<T>(s.bias_buf),
+          s.weight_options,
+          s.bias_options,
+          s.weight.size(1),
+          s.weight.size(0)};
+}
+
+int64_t round_up(int64_t n, int64_t to) { return cpu::ceil_div(n, to) * to; }
+
+// Partial sums of `chunks` chunks in a workspace: all dW, then for each chunk O + 1 doubles.
+template <typename T>
+cpu::PartialSums<T> reserve_partials(Workspace& workspace, int64_t chunks, int64_t O, int64_t I) {
+  const int64_t dweight_bytes =
+      round_up(chunks * O * cpu::partial_stride(I) * static_cast<int64_t>(sizeof(T)), 64);
+  char* base = static_cast<char*>(
+      workspace.reserve(dweight_bytes + chunks * (O + 1) * static_cast<int64_t>(sizeof(double))));
+  auto* sums = reinterpret_cast<double*>(base + dweight_bytes);
+  return {reinterpret_cast<T*>(base), sums, sums + O};
+}
+
+template <typename T>
+T total_loss(const double* loss, int64_t chunks, int64_t stride, double scale) {
+  double sum = 0.0;
+  for (int64_t c = 0; c < chunks; ++c) sum += loss[c * stride];
+  return static_cast<T>(sum * scale);
+}
+
+template <typename T>
+void serial_steps(const cpu::Rows<T>& data, int64_t batch_size, int64_t first_row, int64_t steps,
+                  Reduction reduction, const cpu::LinearParams<T>& params, Workspace& workspace,
+                  T* losses) {
+  cpu::kernels<T>().serial_steps({data, batch_size, first_row, steps, reduction, params,
+                                  reserve_partials<T>(workspace, 1, params.O, params.I), losses});
+}
+
+template <typename T>
+T one_pass_step(const cpu::Rows<T>& batch, Reduction reduction, const cpu::LinearParams<T>& params,
+                Workspace& workspace) {
+  const int64_t B = batch.rows, I = params.I, O = params.O;
+  const int64_t wanted = cpu::one_pass_chunks({B, I, O});
+  if (wanted == 1) {
+    T loss;
+    serial_steps(batch, B, 0, 1, reduction, params, workspace, &loss);
+    return loss;
+  }
+  const int64_t rows = cpu::rows_per_chunk(B, wanted), chunks = cpu::ceil_div(B, rows);
+  const int64_t chunk_stride = O * cpu::partial_stride(I), sums_stride = O + 1;
+  const cpu::PartialSums<T> partial = reserve_partials<T>(workspace, chunks, O, I);
+  const cpu::Kernels<T>& kernels = cpu::kernels<T>();
+  const double dy_scale = mse_dy_scale(reduction, B, O);
+
+  at::parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t c = begin; c < end; ++c) {
+      const int64_t row = c * rows;
+      kernels.one_pass_chunk(
+          {{batch.x + row * batch.x_stride, batch.target + row * batch.target_stride,
+            batch.x_stride, batch.target_stride, std::min(rows, B - row)},
+           params.weight,
+           params.bias,
+           I,
+           O,
+           dy_scale,
+           {partial.dweight + c * chunk_stride, partial.dbias + c * sums_stride,
+            partial.loss + c * sums_stride}});
+    }
+  });
+
+  // Every read of W has ended. A task is 256 columns of one row of W.
+  constexpr int64_t kColumns = 256;
+  const int64_t blocks = cpu::ceil_div(I, kColumns);
+  const int64_t grain = std::max<int64_t>(1, cpu::kElementwiseGrain / (kColumns * chunks));
+  const cpu::OnePassUpdate<T> update{partial.dweight, chunks, chunk_stride, params};
+  at::parallel_for(0, O * blocks, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t o = task / blocks, i = task % blocks * kColumns;
+      kernels.one_pass_update(update, o, o + 1, i, std::min(i + kColumns, I));
+    }
+  });
+  cpu::update_bias<T>(partial.dbias, chunks, sums_stride, params);
+  return total_loss<T>(partial.loss, chunks, sums_stride, mse_loss_scale(reduction, B, O));
+}
+
+// An elementwise pass over the weight, split over threads.
+template <typename T>
+void weight_pass(void (*pass)(const cpu::SgdPass<T>&), const cpu::LinearParams<T>& params,
+                 const T* grad) {
+  at::parallel_for(0, params.O * params.I, cpu::kElementwiseGrain, [&](int64_t begin, int64_t end) {
+    pass({params.weight + begin, grad != nullptr ? grad + begin : nullptr,
+          params.weight_buf != nullptr ? params.weight_buf + begin : nullptr, end - begin,
+          params.weight_options});
+  });
+}
+
+template <typename T>
+T gemm_step(const LinearSgdState& state, const at::Tensor& x, const cpu::Rows<T>& batch,
+            const cpu::LinearParams<T>& params, Workspace& workspace) {
+  const int64_t B = batch.rows, I = params.I, O = params.O;
+  const cpu::Kernels<T>& kernels = cpu::kernels<T>();
+  const int64_t wanted = cpu::residual_chunks(B, O);
+  const int64_t rows = std::max<int64_t>(1, cpu::rows_per_chunk(B, wanted));
+  const int64_t chunks = std::max<int64_t>(1, cpu::ceil_div(B, rows)), sums_stride = O + 1;
+
+  const int64_t y_bytes = round_up(B * O * static_cast<int64_t>(sizeof(T)), 64);
+  char* base = static_cast<char*>(
+      workspace.reserve(y_bytes + chunks * sums_stride * static_cast<int64_t>(sizeof(double))));
+  auto* sums = reinterpret_cast<double*>(base + y_bytes);
+  at::Tensor y = at::from_blob(base, {B, O}, state.weight.options().requires_grad(false));
+  at::mm_out(y, x, state.weight.t());
+
+  T* y_data = reinterpret_cast<T*>(base);
+  const double dy_scale = mse_dy_scale(state.reduction, B, O);
+  at::parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t c = begin; c < end; ++c) {
+      const int64_t row = c * rows;
+      kernels.residual_chunk({y_data + row * O, batch.target + row * batch.target_stride,
+                              batch.target_stride, params.bias, std::min(rows, B - row), O,
+                              dy_scale, sums + c * sums_stride, sums + c * sums_stride + O});
+    }
+  });
+
+  // From here on W is written: y was its last reader but the update itself.
+  const at::Tensor dy_t = y.t();
+  const GemmUpdatePlan plan = gemm_update_plan(state.weight_options, std::is_same_v<T, double>);
+  switch (plan.kind) {
+    case GemmUpdate::kIntoWeight: {
+      at::Tensor weight = state.weight;
+      at::addmm_out(weight, weight, dy_t, x, plan.beta, plan.alpha);
+      break;
+    }
+    case GemmUpdate::kIntoMomentum: {
+      at::Tensor buf = state.weight_buf;
+      if (plan.beta != 0.0) weight_pass<T>(kernels.momentum_before_gemm, params, nullptr);
+      at::addmm_out(buf, buf, dy_t, x, plan.beta, plan.alpha);
+      weight_pass<T>(kernels.momentum_after_gemm, params, nullptr);
+      break;
+    }
+    case GemmUpdate::kStoredGrad: {
+      const at::Tensor grad = at::mm(dy_t, x);
+      weight_pass<T>(kernels.sgd, params, grad.const_data_ptr<T>());
+      break;
+    }
+  }
+  cpu::update_bias<T>(sums, chunks, sums_stride, params);
+  return total_loss<T>(sums + O, chunks, sums_stride, mse_loss_scale(state.reduction, B, O));
+}
+
+template <typename T>
+T step(const LinearSgdState& state, const at::Tensor& x, const at::Tensor& target,
+       Workspace& workspace) {
+  const cpu::Rows<T> batch = rows_of<T>(x, target);
+  const cpu::LinearParams<T> params = params_of<T>(state);
+  if (plan_for(state, batch.rows) == Plan::kOnePass) {
+    return one_pass_step(batch, state.reduction, params, workspace);
+  }
+  const BelowDispatcher below;
+  return gemm_step(state, x, batch, params, workspace);
+}
+
+void bump_versions(const LinearSgdState& state) {
+  for (const at::Tensor* t : {&state.weight, &state.bias, &state.weight_buf, &state.bias_buf}) {
+    if (t->defined()) t->unsafeGetTensorImpl()->bump_version();
+  }
+}
+
+// Rows `index` of `from` [n, row_bytes], one after the other.
+void gather_rows(const char* from, int64_t from_stride, const int64_t* index, int64_t rows,
+                 int64_t row_bytes, char* to) {
+  const int64_t grain = std::max<int64_t>(1, 64 * 1024 / std::max<int64_t>(1, row_bytes));
+  at::parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t k = begin; k < end; ++k) {
+      std::memcpy(to + k * row_bytes, from + index[k] * from_stride, row_bytes);
+    }
+  });
+}
+
+// The batches of a run, as rows of [n * rows_per_sample] data.
+template <typename T>
+class Runner {
+ public:
+  Runner(LinearSgdState& state, const at::Tensor& x, const at::Tensor& target, int64_t n,
+         const RunOptions& options, Workspace& workspace, const std::function<void(int64_t)>& poll)
+      : state_(state),
+        x_(x),
+        target_(target),
+        per_sample_(n > 0 ? x.size(0) / n : 0),
+        n_(n),
+        options_(options),
+        workspace_(workspace),
+        poll_(poll) {}
+
+  at::Tensor run() {
+    const int64_t per_epoch = cpu::ceil_div(n_, options_.batch_size);
+    at::Tensor losses = at::detail::empty_cpu(
+        {options_.epochs * per_epoch}, at::TensorOptions().dtype(state_.weight.scalar_type()));
+    loss_ = losses.mutable_data_ptr<T>();
+    const int64_t total = losses.numel();
+    if (total == 0) return losses;
+    const int64_t batch_rows = std::min(options_.batch_size, n_) * per_sample_;
+    const LinearShape shape{batch_rows, state_.weight.size(1), state_.weight.size(0)};
+    const bool serial = !options_.shuffle && batch_rows > 0 &&
+                        plan_for(state_, batch_rows) == Plan::kOnePass &&
+                        cpu::one_pass_chunks(shape) == 1;
+    // About a millisecond of steps at 10 multiply-adds per nanosecond.
+    slice_ = std::max<int64_t>(1, 10'000'000 / (2 * shape.B * shape.I * shape.O + 500));
+    serial ? run_serial(batch_rows, total) : run_batches(per_epoch);
+    return losses;
+  }
+
+ private:
+  void run_serial(int64_t batch_rows, int64_t total) {
+    const cpu::Rows<T> data = rows_of<T>(x_, target_);
+    int64_t row = 0;
+    const int64_t per_epoch = cpu::ceil_div(data.rows, batch_rows);
+    for (int64_t done = 0; done < total;) {
+      const int64_t steps = std::min(slice_, total - done);
+      row = done % per_epoch * batch_rows;
+      serial_steps(data, batch_rows, row, steps, state_.reduction, params_of<T>(state_), workspace_,
+                   loss_ + done);
+      after(steps);
+      done += steps;
+      poll_(done);
+    }
+  }
+
+  void run_batches(int64_t per_epoch) {
+    int64_t done = 0, since_poll = 0;
+    for (int64_t epoch = 0; epoch < options_.epochs; ++epoch) {
+      at::Tensor order;
+      if (options_.shuffle) order = at::randperm(n_, options_.generator, at::kLong);
+      for (int64_t k = 0; k < per_epoch; ++k) {
+        const int64_t first = k * options_.batch_size;
+        const int64_t count = std::min(options_.batch_size, n_ - first);
+        loss_[done] =
+            options_.shuffle
+                ? shuffled_step(order, first, count)
+                : step<T>(state_, x_.narrow(0, first * per_sample_, count * per_sample_),
+                          target_.narrow(0, first * per_sample_, count * per_sample_), workspace_);
+        after(1);
+        ++done;
+        if (++since_poll >= slice_) {
+          since_poll = 0;
+          poll_(done);
+        }
+      }
+    }
+    poll_(done);
+  }
+
+  T shuffled_step(const at::Tensor& order, int64_t first, int64_t count) {
+    const int64_t* index = order.const_data_ptr<int64_t>() + first;
+    return step<T>(state_, gathered(x_, x_batch_, index, count),
+                   gathered(target_, target_batch_, index, count), workspace_);
+  }
+
+  at::Tensor gathered(const at::Tensor& from, at::Tensor& batch, const int64_t* index,
+                      int64_t count) {
+    const int64_t columns = from.size(1);
+    if (!batch.defined()) {
+      const int64_t rows = std::min(options_.batch_size, n_) * per_sample_;
+      batch = at::detail::empty_cpu({rows, columns}, at::TensorOptions().dtype(from.scalar_type()));
+    }
+    const int64_t bytes = static_cast<int64_t>(sizeof(T));
+    gather_rows(static_cast<const char*>(from.const_data_ptr()),
+                from.stride(0) * per_sample_ * bytes, index, count, per_sample_ * columns * bytes,
+                static_cast<char*>(batch.mutable_data_ptr()));
+    return batch.narrow(0, 0, count * per_sample_);
+  }
+
+  void after(int64_t steps) {
+    if (steps > 0) {
+      state_.weight_options.first_step = state_.bias_options.first_step = false;
+      bump_versions(state_);
+    }
+  }
+
+  LinearSgdState& state_;
+  const at::Tensor& x_;       // [n * per_sample, I]
+  const at::Tensor& target_;  // [n * per_sample, O]
+  const int64_t per_sample_;
+  const int64_t n_;
+  const RunOptions& options_;
+  Workspace& workspace_;
+  const std::function<void(int64_t)>& poll_;
+  at::Tensor x_batch_, target_batch_;
+  T* loss_ = nullptr;
+  int64_t slice_ = 1;
+};
+
+}  // namespace
+
+Plan plan_for(const LinearSgdState& state, int64_t B) {
+  return cpu::choose_plan({B, state.weight.size(1), state.weight.size(0)},
+                          static_cast<int64_t>(state.weight.element_size()));
+}
+
+at::Tensor linear_mse_sgd_cpu(const LinearSgdState& state, const at::Tensor& input,
+                              const at::Tensor& target, Workspace& workspace) {
+  const at::Tensor x = as_rows(input, state.weight.size(1));
+  const at::Tensor t = as_rows(target, state.weight.size(0));
+  const at::ScalarType dtype = state.weight.scalar_type();
+  at::Tensor loss = at::detail::empty_cpu({}, at::TensorOptions().dtype(dtype));
+  if (dtype == at::kFloat) {
+    *loss.mutable_data_ptr<float>() = step<float>(state, x, t, workspace);
+  } else {
+    *loss.mutable_data_ptr<double>() = step<double>(state, x, t, workspace);
+  }
+  bump_versions(state);
+  return loss;
+}
+
+at::Tensor run_linear_mse_sgd_cpu(LinearSgdState state, const at::Tensor& inputs,
+                                  const at::Tensor& targets, const RunOptions& options,
+                                  Workspace& workspace, const std::function<void(int64_t)>& poll) {
+  const BelowDispatcher below;
+  // Samples of several rows are gathered whole, so they must lie together.
+  const bool plain_rows = inputs.dim() == 2;
+  const at::Tensor x = as_rows(plain_rows ? inputs : inputs.contiguous(), state.weight.size(1));
+  const at::Tensor t = as_rows(plain_rows ? targets : targets.contiguous(), state.weight.size(0));
+  const int64_t n = inputs.size(0);
+  if (state.weight.scalar_type() == at::kFloat) {
+    return Runner<float>(state, x, t, n, options, workspace, poll).run();
+  }
+  return Runner<double>(state, x, t, n, options, workspace, poll).run();
+}
+
+}  // namespace fused_step

@@ -1,0 +1,404 @@
+// SPDX-License-Identifier: MIT
+#include "bindings/linear_step.h"
+
+#include <ATen/EmptyTensor.h>
+#include <torch/csrc/autograd/function.h>
+#include <torch/csrc/autograd/python_variable.h>
+#include <torch/csrc/autograd/variable.h>
+
+#include <array>
+#include <chrono>
+#include <functional>
+
+#include "bindings/memory.h"
+#include "bindings/python_objects.h"
+#include "bindings/world.h"
+
+namespace fused_step {
+
+namespace py = pybind11;
+using cpu::Plan;
+
+namespace {
+
+// Above this a step gives the GIL away, which costs about 0.1 us.
+constexpr int64_t kMinWorkWithoutGil = 256 * 1024;
+
+const char* plan_name(Plan plan) {
+  switch (plan) {
+    case Plan::kOnePass:
+      return "one-pass";
+    case Plan::kGemm:
+      return "gemm";
+    case Plan::kNone:
+      break;
+  }
+  return nullptr;
+}
+
+py::object dict_of(PyObject* object) {
+  return py::reinterpret_steal<py::object>(PyObject_GenericGetDict(object, nullptr));
+}
+
+// A module whose type was checked: is a call of it nothing but its class' forward?
+bool check_module(PyObject* dict, const ModuleClass& module_class, const char* name, Verdict& v) {
+  const Names& n = python_objects().names;
+  const auto against = [&](bool holds, const char* what) {
+    return holds && v.against(std::string(name) + what);
+  };
+  if (against(!module_class.is_as_imported(n), ": its class has been changed")) return false;
+  if (against(get_item(dict, n.forward) != nullptr, " has a forward of its own")) return false;
+  PyObject* const compiled = get_item(dict, n.compiled_call_impl);
+  if (against(compiled != nullptr && compiled != Py_None, " is compiled")) return false;
+  return !against(!is_empty_dict(get_item(dict, n.forward_hooks)) ||
+                      !is_empty_dict(get_item(dict, n.forward_pre_hooks)) ||
+                      !is_empty_dict(get_item(dict, n.backward_hooks)) ||
+                      !is_empty_dict(get_item(dict, n.backward_pre_hooks)),
+                  " has hooks");
+}
+
+// Dispatch keys of an ordinary CPU tensor. Inference tensors, subclasses, views with a negative or
+// conjugate bit, sparse, meta, fake and functorch tensors all differ.
+bool has_plain_keys(const at::Tensor& t) {
+  static const c10::DispatchKeySet keys =
+      at::detail::empty_cpu({0}, at::TensorOptions().dtype(at::kFloat)).key_set();
+  return t.key_set() == keys;
+}
+
+// Hooks that would run when the gradient of a parameter is accumulated.
+bool has_grad_hooks(const at::Tensor& t, PyObject* object) {
+  namespace impl = torch::autograd::impl;
+  const auto* python = reinterpret_cast<THPVariable*>(object);
+  const auto* const meta = impl::get_autograd_meta(t);
+  if (meta == nullptr) return false;
+  // After the last handle's remove() the empty dictionary stays.
+  if (!meta->hooks_.empty() &&
+      (meta->cpp_hooks_list_ != nullptr || !is_empty_dict(python->backward_hooks))) {
+    return true;
+  }
+  if (meta->post_acc_grad_hooks_ != nullptr && !is_empty_dict(python->post_accumulate_grad_hooks)) {
+    return true;
+  }
+  const auto accumulator = impl::try_get_grad_accumulator(t);
+  return accumulator && (!accumulator->pre_hooks().empty() || !accumulator->post_hooks().empty());
+}
+
+// What is written: a leaf of the model.
+bool check_param(const char* name, PyObject* object, at::ScalarType dtype, Verdict& v) {
+  const auto against = [&](bool holds, const char* what) {
+    return holds && v.against(std::string(name) + what);
+  };
+  const at::Tensor& t = THPVariable_Unpack(object);
+  if (against(!has_plain_keys(t), " is not an ordinary CPU tensor")) return false;
+  if (against(t.scalar_type() != dtype || (dtype != at::kFloat && dtype != at::kDouble),
+              " is not float32 or float64, or not of the weight's dtype")) {
+    return false;
+  }
+  if (against(!t.is_contiguous(), " is not contiguous")) return false;
+  if (against(!has_its_storage(t), " has lost its storage")) return false;
+  if (against(!t.requires_grad() || !t.is_leaf(), " is frozen, or no leaf")) return false;
+  if (against(t.grad().defined(), ".grad is not None: gradients accumulate")) return false;
+  return !against(has_grad_hooks(t, object), " has gradient hooks");
+}
+
+bool check_buffer(const at::Tensor& buf, const at::Tensor& param, Verdict& v) {
+  return !v.against(
+      buf.defined() && (!has_plain_keys(buf) || buf.scalar_type() != param.scalar_type() ||
+                        buf.sizes() != param.sizes() || !buf.is_contiguous() ||
+                        buf.requires_grad() || !has_its_storage(buf)),
+      "a momentum_buffer is not like its parameter (dtype, shape, contiguous)");
+}
+
+bool check_data(const char* name, const at::Tensor& t, at::ScalarType dtype, Verdict& v) {
+  const auto against = [&](bool holds, const char* what) {
+    return holds && v.against(std::string(name) + what);
+  };
+  if (against(!has_plain_keys(t), " is not an ordinary CPU tensor")) return false;
+  if (against(t.scalar_type() != dtype, " is not of the weight's dtype")) return false;
+  if (against(t.requires_grad() || t._fw_grad(0).defined(), " needs a gradient")) return false;
+  return !against(!has_its_storage(t), " has lost its storage");
+}
+
+// Nothing that is read overlaps what is written, and no two that are written overlap.
+bool check_overlap(const LinearSgdState& s, const at::Tensor& input, const at::Tensor& target,
+                   Verdict& v) {
+  const Extent x = extent_of(input), t = extent_of(target);
+  std::array<Extent, 4> written;
+  size_t count = 0;
+  bool overlap = false;
+  for (const at::Tensor* tensor : {&s.weight, &s.bias, &s.weight_buf, &s.bias_buf}) {
+    if (!tensor->defined()) continue;
+    const Extent extent = extent_of(*tensor);
+    overlap |= extent.overlaps(x) || extent.overlaps(t);
+    for (size_t k = 0; k < count; ++k) overlap |= extent.overlaps(written[k]);
+    written[count++] = extent;
+  }
+  return !v.against(overlap, "input, target, parameters or momentum buffers share memory");
+}
+
+bool has_suffix_shape(const at::Tensor& input, const at::Tensor& target, int64_t I, int64_t O) {
+  const int64_t dim = input.dim();
+  if (dim < 1 || target.dim() != dim || input.size(-1) != I || target.size(-1) != O) return false;
+  for (int64_t d = 0; d + 1 < dim; ++d) {
+    if (input.size(d) != target.size(d)) return false;
+  }
+  return true;
+}
+
+}  // namespace
+
+bool LinearStep::resolve_modules(Verdict& v, Call& call) {
+  const PythonObjects& o = python_objects();
+  const Names& n = o.names;
+  PyObject* linear = model_.ptr();
+  py::object child;
+  if (Py_TYPE(linear) == o.sequential.type) {
+    const py::object dict = dict_of(linear);
+    if (!check_module(dict.ptr(), o.sequential, "the model", v)) return false;
+    PyObject* const modules = get_item(dict.ptr(), n.modules);
+    Py_ssize_t position = 0;
+    PyObject* only = nullptr;
+    if (modules == nullptr || !PyDict_Check(modules) || PyDict_GET_SIZE(modules) != 1 ||
+        !PyDict_Next(modules, &position, nullptr, &only) || Py_TYPE(only) != o.linear.type) {
+      v.against(true, "the model is a Sequential of something else than one nn.Linear");
+      return false;
+    }
+    child = py::reinterpret_borrow<py::object>(only);
+    linear = only;
+  }
+  if (Py_TYPE(linear) != o.linear.type) {
+    v.against(std::string("the model is ") + Py_TYPE(linear)->tp_name +
+              ", not nn.Linear itself (or a Sequential of just one)");
+    return false;
+  }
+  const py::object dict = dict_of(linear);
+  if (!check_module(dict.ptr(), o.linear, "the linear layer", v)) return false;
+  PyObject* const parameters = get_item(dict.ptr(), n.parameters);
+  PyObject* const weight =
+      parameters != nullptr && PyDict_Check(parameters) ? get_item(parameters, n.weight) : nullptr;
+  PyObject* const bias = weight != nullptr ? get_item(parameters, n.bias) : nullptr;
+  // An attribute of the same name in __dict__ hides the parameter (pruning, FSDP).
+  const bool hidden =
+      get_item(dict.ptr(), n.weight) != nullptr || get_item(dict.ptr(), n.bias) != nullptr;
+  if (weight == nullptr || bias == nullptr || hidden || Py_TYPE(weight) != o.parameter ||
+      (bias != Py_None && Py_TYPE(bias) != o.parameter)) {
+    v.against(true, "the layer's weight and bias are not nn.Parameters of its own");
+    return false;
+  }
+  call.sgd.weight.object = weight;
+  call.state.weight = THPVariable_Unpack(weight);
+  if (bias != Py_None) {
+    call.sgd.bias.object = bias;
+    call.state.bias = THPVariable_Unpack(bias);
+  }
+  return true;
+}
+
+bool LinearStep::resolve_loss(Verdict& v, Call& call) {
+  const PythonObjects& o = python_objects();
+  const Names& n = o.names;
+  PyObject* const loss = loss_function_.ptr();
+  PyObject* reduction = n.mean;
+  py::object owner;
+  if (Py_TYPE(loss) == o.mse_loss.type) {
+    owner = dict_of(loss);
+    if (!check_module(owner.ptr(), o.mse_loss, "the loss", v)) return false;
+    reduction = get_item(owner.ptr(), n.reduction);
+  } else if (Py_TYPE(loss) == o.partial) {
+    // functools.partial(F.mse_loss, reduction=...)
+    const py::object function = py::getattr(loss, "func"), args = py::getattr(loss, "args");
+    owner = py::getattr(loss, "keywords");
+    PyObject* const given = get_item(owner.ptr(), n.reduction);
+    if (function.ptr() != o.mse_loss_function || PyTuple_GET_SIZE(args.ptr()) != 0 ||
+        PyDict_GET_SIZE(owner.ptr()) != (given != nullptr ? 1 : 0)) {
+      v.against(true, "the loss is a partial of something else than F.mse_loss with a reduction");
+      return false;
+    }
+    if (given != nullptr) reduction = given;
+  } else if (loss != o.mse_loss_function) {
+    v.against(std::string("the loss is ") + Py_TYPE(loss)->tp_name +
+              ", not nn.MSELoss itself or F.mse_loss");
+    return false;
+  }
+  const auto is = [&](PyObject* name) {
+    return reduction == name || (reduction != nullptr && PyUnicode_CheckExact(reduction) &&
+                                 PyUnicode_Compare(reduction, name) == 0);
+  };
+  if (is(n.mean)) {
+    call.state.reduction = Reduction::kMean;
+  } else if (is(n.sum)) {
+    call.state.reduction = Reduction::kSum;
+  } else {
+    v.against(true, "the loss' reduction is neither 'mean' nor 'sum'");
+    return false;
+  }
+  return true;
+}
+
+bool LinearStep::check_params(Verdict& v, Call& call) {
+  LinearSgdState& s = call.state;
+  const at::ScalarType dtype = s.weight.scalar_type();
+  if (!check_param("weight", call.sgd.weight.object, dtype, v)) return false;
+  if (call.sgd.bias.object != nullptr && !check_param("bias", call.sgd.bias.object, dtype, v)) {
+    return false;
+  }
+  if (s.weight.dim() != 2 ||
+      (s.bias.defined() && (s.bias.dim() != 1 || s.bias.size(0) != s.weight.size(0)))) {
+    v.against(true, "weight is not [O, I] with a bias of [O]");
+    return false;
+  }
+  s.weight_options = call.sgd.weight.options;
+  s.bias_options = call.sgd.bias.options;
+  if (s.weight_options.momentum != 0.0) s.weight_buf = call.sgd.weight.buf;
+  if (s.bias.defined() && s.bias_options.momentum != 0.0) s.bias_buf = call.sgd.bias.buf;
+  return check_buffer(s.weight_buf, s.weight, v) && check_buffer(s.bias_buf, s.bias, v);
+}
+
+bool LinearStep::check_batch(PyObject* input, PyObject* target, Verdict& v, Call& call) {
+  if (!THPVariable_CheckExact(input) || !THPVariable_CheckExact(target)) {
+    v.against(true, "input or target is not a torch.Tensor itself");
+    return false;
+  }
+  call.input = THPVariable_Unpack(input);
+  call.target = THPVariable_Unpack(target);
+  const at::ScalarType dtype = call.state.weight.scalar_type();
+  if (!check_data("input", call.input, dtype, v)) return false;
+  if (!check_data("target", call.target, dtype, v)) return false;
+  if (!v.applies()) return false;  // what follows looks at memory
+  if (v.against(!has_suffix_shape(call.input, call.target, call.state.weight.size(1),
+                                  call.state.weight.size(0)),
+                "input and target are not [*, I] and [*, O] with the same leading dimensions")) {
+    return false;
+  }
+  return check_overlap(call.state, call.input, call.target, v);
+}
+
+bool LinearStep::resolve(PyObject* input, PyObject* target, Verdict& v, Call& call) {
+  if (!check_world(v)) return false;
+  const bool modules = resolve_modules(v, call);
+  if (!modules && !v.explains()) return false;
+  if (!resolve_loss(v, call) && !v.explains()) return false;
+  if (!modules) {
+    // Without a layer only the kind of optimizer can still be said.
+    if (Py_TYPE(optimizer_.ptr()) != python_objects().sgd) {
+      sgd_reader_.read(optimizer_.ptr(), v, call.sgd);
+    }
+    return false;
+  }
+  if (!sgd_reader_.read(optimizer_.ptr(), v, call.sgd)) return false;
+  if (!check_params(v, call)) return false;
+  return check_batch(input, target, v, call) && v.applies();
+}
+
+// The buffers of a first step, which SGD would make from the gradient.
+void LinearStep::make_buffers(Call& call) {
+  LinearSgdState& s = call.state;
+  const auto make = [](const at::Tensor& param) {
+    return at::Tensor(
+        at::detail::empty_cpu(param.sizes(), at::TensorOptions().dtype(param.scalar_type())));
+  };
+  if (s.weight_options.momentum != 0.0 && !s.weight_buf.defined()) s.weight_buf = make(s.weight);
+  if (s.bias.defined() && s.bias_options.momentum != 0.0 && !s.bias_buf.defined()) {
+    s.bias_buf = make(s.bias);
+  }
+}
+
+// What SGD.step leaves behind beside the parameters.
+void LinearStep::leave_optimizer(const Call& call) {
+  const LinearSgdState& s = call.state;
+  if (s.weight_options.first_step) {
+    store_momentum_buffer(call.sgd.dict, call.sgd.weight.object, s.weight_buf);
+  }
+  if (s.bias_options.first_step) {
+    store_momentum_buffer(call.sgd.dict, call.sgd.bias.object, s.bias_buf);
+  }
+  if (call.sgd.step_is_scheduled) {
+    // Otherwise the first scheduler.step() warns that optimizer.step() was not called.
+    PyDict_SetItem(call.sgd.dict, python_objects().names.opt_called, Py_True);
+  }
+}
+
+py::object LinearStep::step(py::handle input, py::handle target) {
+  plan_ = Plan::kNone;
+  Verdict verdict(nullptr);
+  Call call;
+  if (!resolve(input.ptr(), target.ptr(), verdict, call)) return py::none();
+  make_buffers(call);
+  const int64_t O = call.state.weight.size(0);
+  const int64_t rows = O > 0 ? call.target.numel() / O : 0;
+  at::Tensor loss;
+  {
+    std::optional<py::gil_scoped_release> no_gil;
+    if (call.input.numel() * O > kMinWorkWithoutGil) no_gil.emplace();
+    loss = linear_mse_sgd_cpu(call.state, call.input, call.target, workspace_);
+  }
+  leave_optimizer(call);
+  plan_ = plan_for(call.state, rows);
+  return py::reinterpret_steal<py::object>(THPVariable_Wrap(std::move(loss)));
+}
+
+py::object LinearStep::run(py::handle inputs, py::handle targets, int64_t epochs,
+                           int64_t batch_size, bool shuffle, std::optional<at::Generator> generator,
+                           const py::object& progress) {
+  plan_ = Plan::kNone;
+  Verdict verdict(nullptr);
+  Call call;
+  if (!resolve(inputs.ptr(), targets.ptr(), verdict, call)) return py::none();
+  // A 1-dim tensor has no rows to make batches of; no steps, no change.
+  if (call.input.dim() < 2 || call.input.size(0) == 0 || epochs == 0) return py::none();
+  make_buffers(call);
+
+  using Clock = std::chrono::steady_clock;
+  auto last_signals = Clock::now(), last_progress = last_signals;
+  bool stepped = false;
+  const std::function<void(int64_t)> poll = [&](int64_t done) {
+    stepped = done > 0;
+    const auto now = Clock::now();
+    if (now - last_signals < std::chrono::milliseconds(50)) return;
+    last_signals = now;
+    const py::gil_scoped_acquire gil;
+    if (PyErr_CheckSignals() != 0) throw py::error_already_set();
+    if (!progress.is_none() && now - last_progress >= std::chrono::milliseconds(100)) {
+      last_progress = now;
+      progress(done);
+    }
+  };
+  at::Tensor losses;
+  try {
+    const py::gil_scoped_release no_gil;
+    losses = run_linear_mse_sgd_cpu(call.state, call.input, call.target,
+                                    {epochs, batch_size, shuffle, std::move(generator)}, workspace_,
+                                    poll);
+  } catch (...) {
+    if (stepped) leave_optimizer(call);
+    throw;
+  }
+  leave_optimizer(call);
+  const int64_t per_sample =
+      call.input.numel() / std::max<int64_t>(1, call.input.size(0) * call.input.size(-1));
+  plan_ = plan_for(call.state, std::min(batch_size, call.input.size(0)) * per_sample);
+  if (!progress.is_none()) progress(losses.numel());
+  return py::reinterpret_steal<py::object>(THPVariable_Wrap(std::move(losses)));
+}
+
+std::pair<std::string, std::vector<std::string>> LinearStep::explain(py::handle input,
+                                                                     py::handle target) {
+  std::vector<std::string> reasons;
+  Verdict verdict(&reasons);
+  Call call;
+  if (!resolve(input.ptr(), target.ptr(), verdict, call)) return {"plain", reasons};
+  const int64_t O = call.state.weight.size(0);
+  const Plan plan = plan_for(call.state, O > 0 ? call.target.numel() / O : 0);
+  if (plan == Plan::kGemm) {
+    reasons.push_back(O > cpu::kMaxOnePassOutputs
+                          ? "one-pass serves up to " + std::to_string(cpu::kMaxOnePassOutputs) +
+                                " outputs, the layer has " + std::to_string(O)
+                          : std::string("with few rows, or rows too long for the cache, two "
+                                        "threaded GEMMs are faster than one-pass"));
+  }
+  return {plan_name(plan), reasons};
+}
+
+const char* LinearStep::plan() const { return plan_name(plan_); }
+
+}  // namespace fused_step

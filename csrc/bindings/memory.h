@@ -1,0 +1,37 @@
+// SPDX-License-Identifier: MIT
+// Where a tensor's elements lie in memory.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <cstdint>
+
+namespace fused_step {
+
+// The half-open range of addresses that holds every element; empty for a tensor without elements.
+struct Extent {
+  uintptr_t begin;
+  uintptr_t end;
+
+  bool overlaps(const Extent& other) const { return begin < other.end && other.begin < end; }
+};
+
+inline Extent extent_of(const at::Tensor& t) {
+  if (t.numel() == 0) return {0, 0};
+  int64_t last = 0;  // elements between the first and the last, strides being non-negative
+  for (int64_t d = 0; d < t.dim(); ++d) last += (t.size(d) - 1) * t.stride(d);
+  const auto begin = reinterpret_cast<uintptr_t>(t.const_data_ptr());
+  return {begin, begin + static_cast<uintptr_t>(last + 1) * t.element_size()};
+}
+
+// False for a tensor whose storage was freed or cut under it (resize_(0), FSDP): reading its
+// elements would read somebody else's memory.
+inline bool has_its_storage(const at::Tensor& t) {
+  if (t.numel() == 0) return true;
+  int64_t last = t.storage_offset();
+  for (int64_t d = 0; d < t.dim(); ++d) last += (t.size(d) - 1) * t.stride(d);
+  const auto bytes = static_cast<size_t>(last + 1) * t.element_size();
+  return t.has_storage() && t.storage().nbytes() >= bytes;
+}
+
+}  // namespace fused_step

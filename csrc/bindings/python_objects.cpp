@@ -1,0 +1,111 @@
+// SPDX-License-Identifier: MIT
+#include "bindings/python_objects.h"
+
+#include <pybind11/pybind11.h>
+
+namespace fused_step {
+
+namespace py = pybind11;
+
+namespace {
+
+PyObject* interned(const char* name) {
+  PyObject* const object = PyUnicode_InternFromString(name);
+  if (object == nullptr) throw py::error_already_set();
+  return object;
+}
+
+Names make_names() {
+  return {interned("forward"),
+          interned("__call__"),
+          interned("_call_impl"),
+          interned("_wrapped_call_impl"),
+          interned("_compiled_call_impl"),
+          interned("_forward_hooks"),
+          interned("_forward_pre_hooks"),
+          interned("_backward_hooks"),
+          interned("_backward_pre_hooks"),
+          interned("_parameters"),
+          interned("_modules"),
+          interned("weight"),
+          interned("bias"),
+          interned("reduction"),
+          interned("mean"),
+          interned("sum"),
+          interned("param_groups"),
+          interned("state"),
+          interned("step"),
+          interned("zero_grad"),
+          interned("_optimizer_step_pre_hooks"),
+          interned("_optimizer_step_post_hooks"),
+          interned("grad_scale"),
+          interned("found_inf"),
+          interned("_opt_called"),
+          interned("momentum_buffer"),
+          interned("params"),
+          interned("lr"),
+          interned("momentum"),
+          interned("dampening"),
+          interned("weight_decay"),
+          interned("nesterov"),
+          interned("maximize"),
+          interned("differentiable")};
+}
+
+// Lives as long as the process: the references below are never given back.
+PyObject* keep(const py::object& object) { return object.inc_ref().ptr(); }
+PyTypeObject* keep_type(const py::object& object) {
+  return reinterpret_cast<PyTypeObject*>(keep(object));
+}
+
+PyObject* class_attribute(PyTypeObject* type, PyObject* name) {
+  return keep(py::reinterpret_borrow<py::object>(_PyType_Lookup(type, name)));
+}
+
+ModuleClass make_module_class(const py::object& type, const Names& names) {
+  PyTypeObject* const t = keep_type(type);
+  return {t, class_attribute(t, names.forward), class_attribute(t, names.call),
+          class_attribute(t, names.call_impl), class_attribute(t, names.wrapped_call_impl)};
+}
+
+PythonObjects import_objects() {
+  const py::object nn = py::module_::import("torch.nn");
+  const py::object module = py::module_::import("torch.nn.modules.module");
+  const py::object functional = py::module_::import("torch.nn.functional");
+  const py::object optimizer = py::module_::import("torch.optim.optimizer");
+  const py::object sgd = py::module_::import("torch.optim").attr("SGD");
+  PythonObjects o;
+  o.names = make_names();
+  o.linear = make_module_class(nn.attr("Linear"), o.names);
+  o.sequential = make_module_class(nn.attr("Sequential"), o.names);
+  o.mse_loss = make_module_class(nn.attr("MSELoss"), o.names);
+  o.sgd = keep_type(sgd);
+  o.parameter = keep_type(nn.attr("Parameter"));
+  o.partial = keep_type(py::module_::import("functools").attr("partial"));
+  o.sgd_zero_grad = class_attribute(o.sgd, o.names.zero_grad);
+  o.mse_loss_function = keep(functional.attr("mse_loss"));
+  o.global_module_hooks[0] = keep(module.attr("_global_forward_hooks"));
+  o.global_module_hooks[1] = keep(module.attr("_global_forward_pre_hooks"));
+  o.global_module_hooks[2] = keep(module.attr("_global_backward_hooks"));
+  o.global_module_hooks[3] = keep(module.attr("_global_backward_pre_hooks"));
+  o.global_optimizer_hooks[0] = keep(optimizer.attr("_global_optimizer_pre_hooks"));
+  o.global_optimizer_hooks[1] = keep(optimizer.attr("_global_optimizer_post_hooks"));
+  o.is_stock_sgd_step = keep(py::module_::import("fused_step._stock").attr("is_stock_sgd_step"));
+  return o;
+}
+
+}  // namespace
+
+bool ModuleClass::is_as_imported(const Names& names) const {
+  return _PyType_Lookup(type, names.forward) == forward &&
+         _PyType_Lookup(type, names.call) == call &&
+         _PyType_Lookup(type, names.call_impl) == call_impl &&
+         _PyType_Lookup(type, names.wrapped_call_impl) == wrapped_call_impl;
+}
+
+const PythonObjects& python_objects() {
+  static const PythonObjects objects = import_objects();
+  return objects;
+}
+
+}  // namespace fused_step

@@ -1,0 +1,52 @@
+// SPDX-License-Identifier: MIT
+// The Python side of PyTorch as the preconditions see it: types, attribute names, and what classes
+// looked like when fused_step was imported. Looked up once; all references are borrowed from it.
+#pragma once
+
+#include <Python.h>
+
+namespace fused_step {
+
+// Attribute names and dictionary keys, interned: a lookup is then a pointer comparison.
+struct Names {
+  PyObject *forward, *call, *call_impl, *wrapped_call_impl, *compiled_call_impl;
+  PyObject *forward_hooks, *forward_pre_hooks, *backward_hooks, *backward_pre_hooks;
+  PyObject *parameters, *modules, *weight, *bias, *reduction, *mean, *sum;
+  PyObject *param_groups, *state, *step, *zero_grad, *step_pre_hooks, *step_post_hooks;
+  PyObject *grad_scale, *found_inf, *opt_called, *momentum_buffer;
+  PyObject *params, *lr, *momentum, *dampening, *weight_decay, *nesterov, *maximize;
+  PyObject* differentiable;
+};
+
+// A module class and the methods that a call of it goes through, as they were at import.
+struct ModuleClass {
+  PyTypeObject* type;
+  PyObject *forward, *call, *call_impl, *wrapped_call_impl;
+
+  // False once somebody has put another method into the class.
+  bool is_as_imported(const Names& names) const;
+};
+
+struct PythonObjects {
+  Names names;
+  ModuleClass linear, sequential, mse_loss;
+  PyTypeObject *sgd, *parameter, *partial;
+  PyObject *sgd_zero_grad, *mse_loss_function;
+  // Dictionaries of hooks that hold for all modules, or for all optimizers.
+  PyObject *global_module_hooks[4], *global_optimizer_hooks[2];
+  // bool is_stock_sgd_step(function): see fused_step/_stock.py.
+  PyObject* is_stock_sgd_step;
+};
+
+// Imports torch's modules on first use. Needs the GIL.
+const PythonObjects& python_objects();
+
+// Borrowed, null if absent; no exception is left set.
+inline PyObject* get_item(PyObject* dict, PyObject* key) { return PyDict_GetItem(dict, key); }
+
+// True for None, a missing entry and an empty dictionary.
+inline bool is_empty_dict(PyObject* dict) {
+  return dict == nullptr || dict == Py_None || (PyDict_Check(dict) && PyDict_GET_SIZE(dict) == 0);
+}
+
+}  // namespace fused_step

@@ -1,0 +1,38 @@
+// SPDX-License-Identifier: MIT
+// The ops as the dispatcher knows them: schemas, and what holds on every device.
+#include <ATen/ops/empty.h>
+#include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
+#include <torch/library.h>
+
+#include "bindings/schema.h"
+
+namespace fused_step {
+namespace {
+
+// Under fake tensors and on meta: the shape of the result and nothing else.
+at::Tensor linear_mse_sgd_meta(at::Tensor& weight, std::optional<at::Tensor> /*bias*/,
+                               std::optional<at::Tensor> /*weight_momentum_buffer*/,
+                               std::optional<at::Tensor> /*bias_momentum_buffer*/,
+                               const at::Tensor& /*input*/, const at::Tensor& /*target*/,
+                               double /*lr*/, double /*momentum*/, double /*dampening*/,
+                               double /*weight_decay*/, bool /*nesterov*/, bool /*maximize*/,
+                               std::string_view /*reduction*/, bool /*first_step*/) {
+  return at::empty({}, weight.options().requires_grad(false));
+}
+
+}  // namespace
+}  // namespace fused_step
+
+TORCH_LIBRARY(fused_step, m) {
+  m.def(fused_step::kLinearMseSgdSchema, {at::Tag::pt2_compliant_tag});
+}
+
+TORCH_LIBRARY_IMPL(fused_step, Meta, m) {
+  m.impl("linear_mse_sgd_", &fused_step::linear_mse_sgd_meta);
+}
+
+// The op has no derivative: a parameter that requires grad is an error outside no_grad, and a
+// gradient that would flow through it says that it is not implemented.
+TORCH_LIBRARY_IMPL(fused_step, Autograd, m) {
+  m.impl("linear_mse_sgd_", torch::autograd::autogradNotImplementedFallback());
+}

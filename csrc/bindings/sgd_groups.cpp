@@ -1,0 +1,182 @@
+// SPDX-License-Identifier: MIT
+#include "bindings/sgd_groups.h"
+
+#include <pybind11/pybind11.h>
+#include <torch/csrc/autograd/python_variable.h>
+
+#include "bindings/python_objects.h"
+
+namespace fused_step {
+
+namespace py = pybind11;
+
+namespace {
+
+bool read_number(PyObject* value, double& number) {
+  if (value == nullptr) return false;
+  if (PyFloat_Check(value)) {
+    number = PyFloat_AS_DOUBLE(value);
+    return true;
+  }
+  if (PyLong_Check(value)) {
+    number = PyLong_AsDouble(value);
+    if (number == -1.0 && PyErr_Occurred()) {
+      PyErr_Clear();  // beyond the range of a double: the plain loop says so
+      return false;
+    }
+    return true;
+  }
+  return false;
+}
+
+// A learning rate may also be a tensor of one element.
+bool read_lr(PyObject* value, double& lr) {
+  if (read_number(value, lr)) return true;
+  if (value == nullptr || !THPVariable_CheckExact(value)) return false;
+  const at::Tensor& t = THPVariable_Unpack(value);
+  if (t.numel() != 1 || t.requires_grad() || !t.device().is_cpu() || t.layout() != at::kStrided ||
+      !at::isFloatingType(t.scalar_type())) {
+    return false;
+  }
+  lr = t.item().toDouble();
+  return true;
+}
+
+bool read_flag(PyObject* value, bool& flag) {
+  flag = value == Py_True;
+  return value == Py_True || value == Py_False;
+}
+
+bool read_options(PyObject* group, const Names& n, SgdOptions& options) {
+  bool differentiable = false;
+  PyObject* const is_differentiable = get_item(group, n.differentiable);
+  return read_lr(get_item(group, n.lr), options.lr) &&
+         read_number(get_item(group, n.momentum), options.momentum) &&
+         read_number(get_item(group, n.dampening), options.dampening) &&
+         read_number(get_item(group, n.weight_decay), options.weight_decay) &&
+         read_flag(get_item(group, n.nesterov), options.nesterov) &&
+         read_flag(get_item(group, n.maximize), options.maximize) &&
+         read_flag(is_differentiable, differentiable) && !differentiable;
+}
+
+// optimizer.state[param]["momentum_buffer"], or undefined; false: something else is there.
+bool read_buffer(PyObject* state, PyObject* param, const Names& n, at::Tensor& buf) {
+  PyObject* const entry = PyDict_GetItemWithError(state, param);
+  if (entry == nullptr) {
+    if (PyErr_Occurred()) throw py::error_already_set();
+    return true;
+  }
+  if (!PyDict_Check(entry)) return false;
+  PyObject* const object = get_item(entry, n.momentum_buffer);
+  if (object == nullptr || object == Py_None) return true;
+  if (!THPVariable_CheckExact(object)) return false;
+  buf = THPVariable_Unpack(object);
+  return true;
+}
+
+}  // namespace
+
+bool SgdReader::is_stock_step(PyObject* step, PyObject*& last_seen) {
+  if (step == last_seen) return true;
+  const py::handle is_stock(python_objects().is_stock_sgd_step);
+  if (!is_stock(py::handle(step)).cast<bool>()) return false;
+  Py_INCREF(step);
+  Py_XSETREF(last_seen, step);
+  return true;
+}
+
+bool SgdReader::check_step(PyObject* optimizer, PyObject* dict, Verdict& v, SgdReading& reading) {
+  const PythonObjects& o = python_objects();
+  const Names& n = o.names;
+  PyTypeObject* const type = Py_TYPE(optimizer);
+  if (v.against(!is_stock_step(_PyType_Lookup(type, n.step), class_step_) ||
+                    _PyType_Lookup(type, n.zero_grad) != o.sgd_zero_grad,
+                "SGD's step or zero_grad has been replaced")) {
+    return false;
+  }
+  PyObject* const step = get_item(dict, n.step);
+  reading.step_is_scheduled = step != nullptr;
+  if (v.against((step != nullptr && !is_stock_step(step, instance_step_)) ||
+                    get_item(dict, n.zero_grad) != nullptr,
+                "the optimizer's step or zero_grad has been replaced on the instance")) {
+    return false;
+  }
+  if (v.against(!is_empty_dict(get_item(dict, n.step_pre_hooks)) ||
+                    !is_empty_dict(get_item(dict, n.step_post_hooks)),
+                "the optimizer has step hooks")) {
+    return false;
+  }
+  return !v.against(
+      get_item(dict, n.grad_scale) != nullptr || get_item(dict, n.found_inf) != nullptr,
+      "a GradScaler is at work on the optimizer");
+}
+
+bool SgdReader::read(PyObject* optimizer, Verdict& v, SgdReading& reading) {
+  const PythonObjects& o = python_objects();
+  const Names& n = o.names;
+  if (Py_TYPE(optimizer) != o.sgd) {
+    v.against(std::string("the optimizer is ") + Py_TYPE(optimizer)->tp_name +
+              ", not torch.optim.SGD itself");
+    return false;
+  }
+  const py::object dict_owner =
+      py::reinterpret_steal<py::object>(PyObject_GenericGetDict(optimizer, nullptr));
+  PyObject* const dict = reading.dict = dict_owner.ptr();
+  if (!check_step(optimizer, dict, v, reading)) return false;
+
+  PyObject* const groups = get_item(dict, n.param_groups);
+  if (groups == nullptr || !PyList_Check(groups)) {
+    v.against(true, "the optimizer has no list of param_groups");
+    return false;
+  }
+  for (Py_ssize_t g = 0; g < PyList_GET_SIZE(groups); ++g) {
+    PyObject* const group = PyList_GET_ITEM(groups, g);
+    PyObject* const params = PyDict_Check(group) ? get_item(group, n.params) : nullptr;
+    SgdOptions options;
+    if (params == nullptr || !PyList_Check(params) || !read_options(group, n, options)) {
+      v.against(true,
+                "a param group has an option that is not fused (lr, momentum, dampening and "
+                "weight_decay as numbers, lr also as a CPU tensor of one element without grad, "
+                "differentiable=False)");
+      return false;
+    }
+    for (Py_ssize_t k = 0; k < PyList_GET_SIZE(params); ++k) {
+      PyObject* const param = PyList_GET_ITEM(params, k);
+      SgdParam* const known = param == reading.weight.object ? &reading.weight
+                              : param == reading.bias.object ? &reading.bias
+                                                             : nullptr;
+      if (v.against(known == nullptr || known->in_groups,
+                    "the optimizer's parameters are not exactly the layer's, once each")) {
+        return false;
+      }
+      if (known == nullptr) continue;
+      known->in_groups = true;
+      known->options = options;
+    }
+  }
+  if (v.against(
+          !reading.weight.in_groups || (reading.bias.object != nullptr && !reading.bias.in_groups),
+          "the optimizer does not hold all of the layer's parameters")) {
+    return false;
+  }
+  for (SgdParam* p : {&reading.weight, &reading.bias}) {
+    if (p->object == nullptr || p->options.momentum == 0.0) continue;
+    PyObject* const state = get_item(dict, n.state);
+    if (state == nullptr || !PyDict_Check(state) || !read_buffer(state, p->object, n, p->buf)) {
+      v.against(true, "the optimizer's momentum_buffer is not a plain tensor");
+      return false;
+    }
+    p->options.first_step = !p->buf.defined();
+  }
+  return true;
+}
+
+void store_momentum_buffer(PyObject* optimizer_dict, PyObject* param, const at::Tensor& buf) {
+  const Names& n = python_objects().names;
+  // Through the defaultdict, as SGD.step does.
+  const py::object state = py::reinterpret_borrow<py::object>(get_item(optimizer_dict, n.state));
+  const py::object entry = state[py::handle(param)];
+  entry[py::handle(n.momentum_buffer)] = py::reinterpret_steal<py::object>(THPVariable_Wrap(buf));
+}
+
+}  // namespace fused_step

@@ -1,0 +1,48 @@
+// SPDX-License-Identifier: MIT
+// Reads a torch.optim.SGD as it is at this call: its groups' options, its momentum buffers, and
+// whether its step() is PyTorch's own.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <Python.h>
+
+#include "bindings/verdict.h"
+#include "core/params.h"
+
+namespace fused_step {
+
+// One parameter: its options, and its momentum buffer if it has one yet.
+struct SgdParam {
+  PyObject* object = nullptr;  // borrowed; null: the model has no such parameter
+  SgdOptions options;
+  at::Tensor buf;
+  bool in_groups = false;
+};
+
+struct SgdReading {
+  SgdParam weight;
+  SgdParam bias;
+  PyObject* dict = nullptr;        // borrowed: optimizer.__dict__
+  bool step_is_scheduled = false;  // a scheduler wraps step() and wants _opt_called
+};
+
+class SgdReader {
+ public:
+  // Fills `reading`, whose weight.object and bias.object are set. False once the verdict needs no
+  // more, or when there is nothing further to read.
+  bool read(PyObject* optimizer, Verdict& verdict, SgdReading& reading);
+
+ private:
+  bool check_step(PyObject* optimizer, PyObject* dict, Verdict& verdict, SgdReading& reading);
+  bool is_stock_step(PyObject* step, PyObject*& last_seen);
+
+  // The functions that were found to be PyTorch's own; compared by identity at each call, and held
+  // so that no other function can take the address.
+  PyObject* class_step_ = nullptr;
+  PyObject* instance_step_ = nullptr;
+};
+
+// Puts a buffer that the first step has made into optimizer.state[param].
+void store_momentum_buffer(PyObject* optimizer_dict, PyObject* param, const at::Tensor& buf);
+
+}  // namespace fused_step

@@ -1,0 +1,38 @@
+// SPDX-License-Identifier: MIT
+// Collects why a fused plan does not apply: the first reason is enough for a step, explain() wants
+// them all.
+#pragma once
+
+#include <string>
+#include <utility>
+#include <vector>
+
+namespace fused_step {
+
+class Verdict {
+ public:
+  // `reasons` null: only whether.
+  explicit Verdict(std::vector<std::string>* reasons) : reasons_(reasons) {}
+
+  // Notes `reason` if `holds`; true when the caller need look no further.
+  bool against(bool holds, const char* reason) {
+    if (__builtin_expect(!holds, 1)) return false;
+    return against(std::string(reason));
+  }
+  bool against(std::string reason) {
+    applies_ = false;
+    if (reasons_ == nullptr) return true;
+    reasons_->push_back(std::move(reason));
+    return false;
+  }
+
+  bool applies() const { return applies_; }
+  // Whether reasons are put into words at all.
+  bool explains() const { return reasons_ != nullptr; }
+
+ private:
+  std::vector<std::string>* reasons_;
+  bool applies_ = true;
+};
+
+}  // namespace fused_step

@@ -1,0 +1,13 @@
+// SPDX-License-Identifier: MIT
+// State of the process and the thread that changes what the five lines do: modes, autocast, hooks
+// for all modules. A fused plan needs all of it at its default.
+#pragma once
+
+#include "bindings/verdict.h"
+
+namespace fused_step {
+
+// False once the verdict needs no more.
+bool check_world(Verdict& verdict);
+
+}  // namespace fused_step

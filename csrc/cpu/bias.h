@@ -1,0 +1,27 @@
+// SPDX-License-Identifier: MIT
+// The bias' share of an update: scalar, since O is small beside O * I.
+#pragma once
+
+#include <cstdint>
+
+#include "core/sgd_math.h"
+#include "cpu/kernels.h"
+
+namespace fused_step::cpu {
+
+// Adds `chunks` partial sums of dL/dy, in order, and updates the bias if there is one.
+template <typename T>
+FUSED_STEP_INLINE void update_bias(const double* dbias,  // [chunks, stride], the first O are read
+                                   int64_t chunks, int64_t stride, const LinearParams<T>& params) {
+  if (params.bias == nullptr) return;
+  const SgdCoefficients<T> c = sgd_coefficients<T>(params.bias_options);
+  for (int64_t o = 0; o < params.O; ++o) {
+    double grad = 0.0;
+    for (int64_t chunk = 0; chunk < chunks; ++chunk) grad += dbias[chunk * stride + o];
+    T unused{};
+    T& buf = c.has_momentum ? params.bias_buf[o] : unused;
+    params.bias[o] = sgd_update(params.bias[o], static_cast<T>(grad), buf, c);
+  }
+}
+
+}  // namespace fused_step::cpu

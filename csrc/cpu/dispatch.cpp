@@ -1,0 +1,96 @@
+// SPDX-License-Identifier: MIT
+// Which instruction set's table is in use.
+#include <atomic>
+#include <cstdlib>
+#include <cstring>
+
+#include "cpu/kernels.h"
+
+namespace fused_step::cpu {
+
+#define FUSED_STEP_DECLARE_TABLES(isa)         \
+  namespace isa {                              \
+  extern const Kernels<float> kFloatKernels;   \
+  extern const Kernels<double> kDoubleKernels; \
+  }
+
+FUSED_STEP_DECLARE_TABLES(baseline)
+#if defined(__x86_64__)
+FUSED_STEP_DECLARE_TABLES(avx2)
+FUSED_STEP_DECLARE_TABLES(avx512)
+#endif
+
+namespace {
+
+Isa widest_supported() {
+  Isa widest = Isa::kBaseline;
+  for (int k = 1; k < kIsaCount; ++k) {
+    if (isa_supported(static_cast<Isa>(k))) widest = static_cast<Isa>(k);
+  }
+  return widest;
+}
+
+Isa initial_isa() {
+  const char* name = std::getenv("FUSED_STEP_ISA");
+  for (int k = 0; name != nullptr && k < kIsaCount; ++k) {
+    const Isa isa = static_cast<Isa>(k);
+    if (std::strcmp(name, isa_name(isa)) == 0 && isa_supported(isa)) return isa;
+  }
+  return widest_supported();
+}
+
+std::atomic<Isa>& current() {
+  static std::atomic<Isa> isa{initial_isa()};
+  return isa;
+}
+
+}  // namespace
+
+const char* isa_name(Isa isa) {
+  constexpr const char* kNames[kIsaCount] = {"baseline", "avx2", "avx512"};
+  return kNames[static_cast<int>(isa)];
+}
+
+bool isa_supported(Isa isa) {
+#if defined(__x86_64__)
+  switch (isa) {
+    case Isa::kBaseline:
+      return true;
+    case Isa::kAvx2:
+      return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    case Isa::kAvx512:
+      return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+             __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw") &&
+             __builtin_cpu_supports("fma");
+  }
+#endif
+  return isa == Isa::kBaseline;
+}
+
+Isa isa_used() { return current().load(std::memory_order_relaxed); }
+
+bool use_isa(Isa isa) {
+  if (!isa_supported(isa)) return false;
+  current().store(isa, std::memory_order_relaxed);
+  return true;
+}
+
+template <>
+const Kernels<float>& kernels<float>() {
+#if defined(__x86_64__)
+  if (isa_used() == Isa::kAvx512) return avx512::kFloatKernels;
+  if (isa_used() == Isa::kAvx2) return avx2::kFloatKernels;
+#endif
+  return baseline::kFloatKernels;
+}
+
+template <>
+const Kernels<double>& kernels<double>() {
+#if defined(__x86_64__)
+  if (isa_used() == Isa::kAvx512) return avx512::kDoubleKernels;
+  if (isa_used() == Isa::kAvx2) return avx2::kDoubleKernels;
+#endif
+  return baseline::kDoubleKernels;
+}
+
+}  // namespace fused_step::cpu

@@ -1,0 +1,27 @@
+// SPDX-License-Identifier: MIT
+// The loops and their tables for one instruction set. Included by each isa_*.cpp, which has set
+// the target pragma, FUSED_STEP_ISA and FUSED_STEP_VECTOR_BYTES and included isa_headers.h before.
+
+namespace fused_step::cpu {
+
+#include "cpu/simd.h"
+
+#include "cpu/one_pass.h"
+
+#include "cpu/gemm_passes.h"
+#include "cpu/serial_steps.h"
+
+namespace FUSED_STEP_ISA {
+
+template <typename T>
+constexpr Kernels<T> kTable = {
+    one_pass_chunk<T>,       one_pass_update<T>,     serial_steps<T>, residual_chunk<T>, sgd<T>,
+    momentum_before_gemm<T>, momentum_after_gemm<T>,
+};
+
+extern const Kernels<float> kFloatKernels = kTable<float>;
+extern const Kernels<double> kDoubleKernels = kTable<double>;
+
+}  // namespace FUSED_STEP_ISA
+
+}  // namespace fused_step::cpu

@@ -1,0 +1,132 @@
+// SPDX-License-Identifier: MIT
+// What the CPU engine offers: one table of loops per instruction set. A loop reads and writes only
+// what its arguments name, allocates nothing and runs on the calling thread.
+#pragma once
+
+#include <cstdint>
+
+#include "core/params.h"
+
+namespace fused_step::cpu {
+
+// A batch, or a chunk of one. Rows are `x_stride` and `target_stride` elements apart; within a row
+// the elements are adjacent.
+template <typename T>
+struct Rows {
+  const T* x;       // [rows, I]
+  const T* target;  // [rows, O]
+  int64_t x_stride;
+  int64_t target_stride;
+  int64_t rows;
+};
+
+// What training changes. `bias` may be null; the buffers are read and written only with momentum.
+template <typename T>
+struct LinearParams {
+  T* weight;      // [O, I]
+  T* bias;        // [O]
+  T* weight_buf;  // [O, I]
+  T* bias_buf;    // [O]
+  SgdOptions weight_options;
+  SgdOptions bias_options;
+  int64_t I;
+  int64_t O;
+};
+
+// Sums over one chunk of rows.
+template <typename T>
+struct PartialSums {
+  T* dweight;     // [O, partial_stride(I)]
+  double* dbias;  // [O]
+  double* loss;   // [1] sum of r^2
+};
+
+// Reads W, writes partial.
+template <typename T>
+struct OnePassChunk {
+  Rows<T> batch;
+  const T* weight;  // [O, I]
+  const T* bias;    // [O] or null
+  int64_t I;
+  int64_t O;
+  double dy_scale;
+  PartialSums<T> partial;
+};
+
+// Adds `chunks` partial sums, in order, and updates W. Partial c lies c * chunk_stride elements
+// behind the first.
+template <typename T>
+struct OnePassUpdate {
+  const T* dweight;  // [chunks, O, partial_stride(I)]
+  int64_t chunks;
+  int64_t chunk_stride;
+  LinearParams<T> params;
+};
+
+// Whole steps, one after the other on one thread, each a single chunk: step k takes the next
+// batch_size rows of data, or what is left, and starts again at row 0 after the last.
+template <typename T>
+struct SerialSteps {
+  Rows<T> data;
+  int64_t batch_size;
+  int64_t first_row;
+  int64_t steps;
+  Reduction reduction;
+  LinearParams<T> params;
+  PartialSums<T> partial;  // workspace
+  T* losses;               // [steps]
+};
+
+// y = x W^T becomes dL/dy in place.
+template <typename T>
+struct ResidualChunk {
+  T* y;             // [rows, O] in: x W^T; out: dL/dy
+  const T* target;  // [rows, O]
+  int64_t target_stride;
+  const T* bias;  // [O] or null
+  int64_t rows;
+  int64_t O;
+  double dy_scale;
+  double* dbias;  // [O]
+  double* loss;   // [1] sum of r^2
+};
+
+// Elementwise over n parameters. `buf` may be null without momentum.
+template <typename T>
+struct SgdPass {
+  T* param;       // [n]
+  const T* grad;  // [n]; unused by the passes around a GEMM
+  T* buf;         // [n]
+  int64_t n;
+  SgdOptions options;
+};
+
+template <typename T>
+struct Kernels {
+  void (*one_pass_chunk)(const OnePassChunk<T>&);
+  // Rows [o_begin, o_end) of W, columns [i_begin, i_end).
+  void (*one_pass_update)(const OnePassUpdate<T>&, int64_t o_begin, int64_t o_end, int64_t i_begin,
+                          int64_t i_end);
+  void (*serial_steps)(const SerialSteps<T>&);
+  void (*residual_chunk)(const ResidualChunk<T>&);
+  void (*sgd)(const SgdPass<T>&);
+  void (*momentum_before_gemm)(const SgdPass<T>&);
+  void (*momentum_after_gemm)(const SgdPass<T>&);
+};
+
+// The instruction sets in this binary, widest last, and the one in use: the widest that the
+// processor has, or the one named by FUSED_STEP_ISA.
+enum class Isa : int8_t { kBaseline, kAvx2, kAvx512 };
+constexpr int kIsaCount = 3;
+
+const char* isa_name(Isa isa);
+bool isa_supported(Isa isa);
+Isa isa_used();
+// Forces a level, for tests. False, and nothing changed, when the processor lacks it.
+bool use_isa(Isa isa);
+
+// The table of the instruction set in use.
+template <typename T>
+const Kernels<T>& kernels();
+
+}  // namespace fused_step::cpu

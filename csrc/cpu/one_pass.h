@@ -1,0 +1,273 @@
+// SPDX-License-Identifier: MIT
+// The one-pass plan: each tile of rows is read for y and, while it is in cache, again for dW.
+// Included once per instruction set (see simd.h).
+
+namespace FUSED_STEP_ISA {
+
+// Walks the cache lines of the tile that comes next. Prefetching past the end of x is harmless.
+struct Prefetcher {
+  const char* line;  // null: nothing to prefetch
+
+  FUSED_STEP_INLINE void fetch(int lines) {
+    if (line == nullptr) return;
+    for (int k = 0; k < lines; ++k) __builtin_prefetch(line + 64 * k);
+    line += 64 * lines;
+  }
+};
+
+// How many rows and outputs one block of dot products has: as many accumulators as a vector has
+// lanes, so that transpose_sum gives all sums as one vector.
+template <typename T, bool kOneOutput>
+constexpr int kDotRows = kOneOutput || kLanes<T> < 4 ? kLanes<T> : 4;
+template <typename T, bool kOneOutput>
+constexpr int kDotOutputs = kLanes<T> / kDotRows<T, kOneOutput>;
+
+// Dot products of the block's rows with its rows of W; lane p * kRows + row. Rows and outputs
+// beyond the last valid one repeat it, and their lanes are of no use.
+template <typename T, bool kOneOutput>
+FUSED_STEP_INLINE Vec<T> dot_block(const T* x,  // [rows, I]
+                                   int64_t x_stride, int rows,
+                                   const T* weight,  // [outputs, I]
+                                   int outputs, int64_t I, Prefetcher& next) {
+  constexpr int kRows = kDotRows<T, kOneOutput>, kOutputs = kDotOutputs<T, kOneOutput>;
+  // Half of the lines that this block reads; the other half is left to the dW phase.
+  constexpr int kLines = kRows * kVectorBytes / 128 > 0 ? kRows * kVectorBytes / 128 : 1;
+  const T* row[kRows];
+  for (int r = 0; r < kRows; ++r) row[r] = x + (r < rows ? r : rows - 1) * x_stride;
+  const T* w_row[kOutputs];
+  for (int p = 0; p < kOutputs; ++p) w_row[p] = weight + (p < outputs ? p : outputs - 1) * I;
+
+  Vec<T> acc[kLanes<T>];
+  for (auto& a : acc) a = Vec<T>{};
+  int64_t i = 0;
+  for (; i + kLanes<T> <= I; i += kLanes<T>) {
+    next.fetch(kLines);
+    Vec<T> w[kOutputs];
+    for (int p = 0; p < kOutputs; ++p) w[p] = load(w_row[p] + i);
+    for (int r = 0; r < kRows; ++r) {
+      const Vec<T> x_r = load(row[r] + i);
+      for (int p = 0; p < kOutputs; ++p) acc[p * kRows + r] += x_r * w[p];
+    }
+  }
+  if (i < I) {
+    const FirstLanes<T> tail = first_lanes<T>(I - i);
+    Vec<T> w[kOutputs];
+    for (int p = 0; p < kOutputs; ++p) w[p] = load_first(w_row[p] + i, tail);
+    for (int r = 0; r < kRows; ++r) {
+      const Vec<T> x_r = load_first(row[r] + i, tail);
+      for (int p = 0; p < kOutputs; ++p) acc[p * kRows + r] += x_r * w[p];
+    }
+  }
+  return transpose_sum<T>(acc);
+}
+
+// products[o * kMaxTileRows + row] = x_row . W_o.
+template <typename T, bool kOneOutput>
+FUSED_STEP_INLINE void tile_products(const OnePassChunk<T>& a, const T* x, int64_t rows,
+                                     Prefetcher& next, T* products) {
+  constexpr int kRows = kDotRows<T, kOneOutput>, kOutputs = kDotOutputs<T, kOneOutput>;
+  Prefetcher none{nullptr};
+  for (int64_t row = 0; row < rows; row += kRows) {
+    const int block_rows = static_cast<int>(std::min<int64_t>(kRows, rows - row));
+    for (int64_t o = 0; o < a.O; o += kOutputs) {
+      const int block_outputs = static_cast<int>(std::min<int64_t>(kOutputs, a.O - o));
+      Vec<T> sums =
+          dot_block<T, kOneOutput>(x + row * a.batch.x_stride, a.batch.x_stride, block_rows,
+                                   a.weight + o * a.I, block_outputs, a.I, o == 0 ? next : none);
+      T lanes[kLanes<T>];
+      store(lanes, sums);
+      for (int p = 0; p < block_outputs; ++p) {
+        __builtin_memcpy(products + (o + p) * kMaxTileRows + row, lanes + p * kRows,
+                         kRows * sizeof(T));
+      }
+    }
+  }
+}
+
+// products become dL/dy; adds to the sums of the bias and of the loss.
+template <typename T>
+FUSED_STEP_INLINE void tile_residuals(const OnePassChunk<T>& a, const T* target, int64_t rows,
+                                      T* products) {
+  const T dy_scale = static_cast<T>(a.dy_scale);
+  for (int64_t o = 0; o < a.O; ++o) {
+    const T bias = a.bias != nullptr ? a.bias[o] : T(0);
+    T* column = products + o * kMaxTileRows;
+    Vec<T> loss{}, dbias{};
+    for (int64_t row = 0; row < rows; row += kLanes<T>) {
+      const int64_t n = std::min<int64_t>(kLanes<T>, rows - row);
+      const Vec<T> t =
+          load_strided(target + row * a.batch.target_stride + o, a.batch.target_stride, n);
+      Vec<T> r = mse_residual(load(column + row), bias, t);
+      if (n < kLanes<T>) r = keep(r, first_lanes<T>(n));
+      const Vec<T> dy = mse_dy(r, dy_scale);
+      loss += mse_term(r);
+      dbias += dy;
+      store(column + row, dy);
+    }
+    // A tile's sum is at most 64 terms; tiles are added in double, so that the error of loss and
+    // bias does not grow with the number of rows.
+    *a.partial.loss += static_cast<double>(lane_sum<T>(loss));
+    a.partial.dbias[o] += static_cast<double>(lane_sum<T>(dbias));
+  }
+}
+
+// dW[kOutputs, kVecs vectors] (+)= dy^T x over the rows of a tile; the tile is summed first and
+// then added, which bounds the error by rows/tile + tile rather than by rows.
+template <typename T, int kOutputs, int kVecs>
+FUSED_STEP_INLINE void outer_block(const T* x, int64_t x_stride, int64_t rows,
+                                   const T* dy,  // [kOutputs, kMaxTileRows]
+                                   bool first_tile,
+                                   T* dweight,  // [kOutputs, stride]
+                                   int64_t stride) {
+  Vec<T> acc[kOutputs][kVecs];
+  for (auto& output : acc) {
+    for (auto& a : output) a = Vec<T>{};
+  }
+  for (int64_t row = 0; row < rows; ++row) {
+    Vec<T> x_row[kVecs];
+    for (int v = 0; v < kVecs; ++v) x_row[v] = load(x + row * x_stride + v * kLanes<T>);
+    for (int p = 0; p < kOutputs; ++p) {
+      const Vec<T> dy_p = splat(dy[p * kMaxTileRows + row]);
+      for (int v = 0; v < kVecs; ++v) acc[p][v] += x_row[v] * dy_p;
+    }
+  }
+  for (int p = 0; p < kOutputs; ++p) {
+    for (int v = 0; v < kVecs; ++v) {
+      T* out = dweight + p * stride + v * kLanes<T>;
+      store(out, first_tile ? acc[p][v] : load(out) + acc[p][v]);
+    }
+  }
+}
+
+// The last columns, fewer than a vector. dweight's rows are padded to whole vectors.
+template <typename T, int kOutputs>
+FUSED_STEP_INLINE void outer_tail(const T* x, int64_t x_stride, int64_t rows, const T* dy,
+                                  const FirstLanes<T>& lanes, bool first_tile, T* dweight,
+                                  int64_t stride) {
+  Vec<T> acc[kOutputs];
+  for (auto& a : acc) a = Vec<T>{};
+  for (int64_t row = 0; row < rows; ++row) {
+    const Vec<T> x_row = load_first(x + row * x_stride, lanes);
+    for (int p = 0; p < kOutputs; ++p) acc[p] += x_row * splat(dy[p * kMaxTileRows + row]);
+  }
+  for (int p = 0; p < kOutputs; ++p) {
+    T* out = dweight + p * stride;
+    store(out, first_tile ? acc[p] : load(out) + acc[p]);
+  }
+}
+
+// All outputs of kVecs vectors of columns (0: the tail), four outputs at a time.
+template <typename T, int kVecs>
+FUSED_STEP_INLINE void outer_columns(const OnePassChunk<T>& a, const T* x, int64_t rows,
+                                     const T* dy, int64_t i, bool first_tile) {
+  const int64_t stride = partial_stride(a.I), x_stride = a.batch.x_stride;
+  T* const dweight = a.partial.dweight + i;
+  int64_t o = 0;
+  if constexpr (kVecs == 0) {
+    const FirstLanes<T> lanes = first_lanes<T>(a.I - i);
+    for (; o + 4 <= a.O; o += 4) {
+      outer_tail<T, 4>(x + i, x_stride, rows, dy + o * kMaxTileRows, lanes, first_tile,
+                       dweight + o * stride, stride);
+    }
+    for (; o < a.O; ++o) {
+      outer_tail<T, 1>(x + i, x_stride, rows, dy + o * kMaxTileRows, lanes, first_tile,
+                       dweight + o * stride, stride);
+    }
+  } else {
+    for (; o + 4 <= a.O; o += 4) {
+      outer_block<T, 4, kVecs>(x + i, x_stride, rows, dy + o * kMaxTileRows, first_tile,
+                               dweight + o * stride, stride);
+    }
+    for (; o < a.O; ++o) {
+      outer_block<T, 1, kVecs>(x + i, x_stride, rows, dy + o * kMaxTileRows, first_tile,
+                               dweight + o * stride, stride);
+    }
+  }
+}
+
+template <typename T, bool kOneOutput>
+FUSED_STEP_INLINE void tile_outer(const OnePassChunk<T>& a, const T* x, int64_t rows, const T* dy,
+                                  bool first_tile, Prefetcher& next) {
+  // Accumulators: 1 x 4 or 4 x 2 vectors, beside which x and dy find room in 16 registers.
+  constexpr int kVecs = kOneOutput ? 4 : 2;
+  const int lines = static_cast<int>(rows * kVecs * kVectorBytes / 128);
+  int64_t i = 0;
+  for (; i + kVecs * kLanes<T> <= a.I; i += kVecs * kLanes<T>) {
+    next.fetch(lines);
+    outer_columns<T, kVecs>(a, x, rows, dy, i, first_tile);
+  }
+  for (; i + kLanes<T> <= a.I; i += kLanes<T>) {
+    outer_columns<T, 1>(a, x, rows, dy, i, first_tile);
+  }
+  if (i < a.I) outer_columns<T, 0>(a, x, rows, dy, i, first_tile);
+}
+
+template <typename T, bool kOneOutput>
+FUSED_STEP_INLINE void one_pass_tiles(const OnePassChunk<T>& a) {
+  const int64_t tile = tile_rows(a.I, sizeof(T));
+  const Rows<T>& b = a.batch;
+  const bool prefetch = b.rows * a.I * static_cast<int64_t>(sizeof(T)) >= kPrefetchMinBytes;
+  alignas(64) T dy[(kOneOutput ? 1 : kMaxOnePassOutputs) * kMaxTileRows];
+  for (int64_t row = 0; row < b.rows; row += tile) {
+    const int64_t n = std::min(tile, b.rows - row);
+    const T* x = b.x + row * b.x_stride;
+    Prefetcher next{prefetch ? reinterpret_cast<const char*>(x + n * b.x_stride) : nullptr};
+    tile_products<T, kOneOutput>(a, x, n, next, dy);
+    tile_residuals(a, b.target + row * b.target_stride, n, dy);
+    tile_outer<T, kOneOutput>(a, x, n, dy, row == 0, next);
+  }
+}
+
+template <typename T>
+void one_pass_chunk(const OnePassChunk<T>& a) {
+  *a.partial.loss = 0.0;
+  for (int64_t o = 0; o < a.O; ++o) a.partial.dbias[o] = 0.0;
+  if (a.batch.rows == 0) {
+    for (int64_t k = 0; k < a.O * partial_stride(a.I); ++k) a.partial.dweight[k] = T(0);
+  }
+  a.O == 1 ? one_pass_tiles<T, true>(a) : one_pass_tiles<T, false>(a);
+}
+
+// Columns [i, i + kVecs vectors) of row o, or the first lanes of the last vector (kVecs = 0).
+template <typename T, int kVecs>
+FUSED_STEP_INLINE void update_columns(const OnePassUpdate<T>& a, const SgdCoefficients<T>& c,
+                                      int64_t o, int64_t i) {
+  constexpr int kCount = kVecs > 0 ? kVecs : 1;
+  const T* partial = a.dweight + o * partial_stride(a.params.I) + i;
+  Vec<T> grad[kCount];
+  for (int v = 0; v < kCount; ++v) grad[v] = load(partial + v * kLanes<T>);
+  for (int64_t chunk = 1; chunk < a.chunks; ++chunk) {
+    partial += a.chunk_stride;
+    for (int v = 0; v < kCount; ++v) grad[v] += load(partial + v * kLanes<T>);
+  }
+  const FirstLanes<T> lanes = first_lanes<T>(kVecs > 0 ? kLanes<T> : a.params.I - i);
+  for (int v = 0; v < kCount; ++v) {
+    const int64_t at = o * a.params.I + i + v * kLanes<T>;
+    T* const weight = a.params.weight + at;
+    T* const momentum = a.params.weight_buf + at;
+    Vec<T> buf{};
+    if constexpr (kVecs > 0) {
+      if (c.has_momentum && !c.first_step) buf = load(momentum);
+      store(weight, sgd_update(load(weight), grad[v], buf, c));
+      if (c.has_momentum) store(momentum, buf);
+    } else {
+      if (c.has_momentum && !c.first_step) buf = load_first(momentum, lanes);
+      store_first(weight, sgd_update(load_first(weight, lanes), grad[v], buf, c), lanes);
+      if (c.has_momentum) store_first(momentum, buf, lanes);
+    }
+  }
+}
+
+template <typename T>
+void one_pass_update(const OnePassUpdate<T>& a, int64_t o_begin, int64_t o_end, int64_t i_begin,
+                     int64_t i_end) {
+  const SgdCoefficients<T> c = sgd_coefficients<T>(a.params.weight_options);
+  for (int64_t o = o_begin; o < o_end; ++o) {
+    int64_t i = i_begin;
+    for (; i + 4 * kLanes<T> <= i_end; i += 4 * kLanes<T>) update_columns<T, 4>(a, c, o, i);
+    for (; i + kLanes<T> <= i_end; i += kLanes<T>) update_columns<T, 1>(a, c, o, i);
+    if (i < i_end) update_columns<T, 0>(a, c, o, i);
+  }
+}
+
+}  // namespace FUSED_STEP_ISA

@@ -1,0 +1,75 @@
+// SPDX-License-Identifier: MIT
+// Every tuning number of the CPU engine, and the choices that follow from the sizes alone: the same
+// sizes give the same chunks, and so the same bits, on any number of threads.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "core/params.h"
+
+namespace fused_step::cpu {
+
+// One-pass keeps dL/dy of a tile of rows on the stack and W, dW in L2 beside it.
+constexpr int64_t kMaxOnePassOutputs = 32;
+constexpr int64_t kMaxTileRows = 64;
+// Half of a 32 KiB L1: the tile is read for y and again for dW.
+constexpr int64_t kTileBytes = 16 * 1024;
+// A tile is at least 8 rows, so that one pass over W and dW serves 8 rows of x; above 32 KiB a row
+// that tile leaves a 256 KiB share of L2 and 4 rows are used, above 64 KiB there is no tile.
+constexpr int64_t kMinTileRows = 4;
+constexpr int64_t kMaxTileBytes = 256 * 1024;
+// A chunk of at least this size comes from L3 or memory: prefetch the next tile by software, since
+// the hardware prefetcher stops at each 4 KiB page.
+constexpr int64_t kPrefetchMinBytes = 192 * 1024;
+
+// A parallel region costs 2-5 us, which is the time of about 32 k multiply-adds.
+constexpr int64_t kMinChunkWork = 32 * 1024;
+constexpr int64_t kMaxChunks = 64;
+// Partial sums are [O, I] per chunk; a chunk of 16 * O rows keeps them at 1/16 of bytes(x).
+constexpr int64_t kMinChunkRowsPerOutput = 16;
+// One-pass with fewer chunks than this leaves threads idle; above this work a threaded GEMM wins.
+constexpr int64_t kMinParallelChunks = 8;
+constexpr int64_t kMaxSerialWork = 512 * 1024;
+// Elements per task of an elementwise pass.
+constexpr int64_t kElementwiseGrain = 32 * 1024;
+
+enum class Plan : int8_t { kNone, kOnePass, kGemm };
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+inline int64_t one_pass_chunks(const LinearShape& s) {
+  const int64_t by_work = s.B * s.I * s.O / kMinChunkWork;
+  const int64_t by_partials = s.B / (kMinChunkRowsPerOutput * std::max<int64_t>(s.O, 1));
+  return std::max<int64_t>(1, std::min({by_work, by_partials, kMaxChunks}));
+}
+
+// Rows per chunk, a multiple of 16 so that only the last tile of the last chunk is ragged.
+inline int64_t rows_per_chunk(int64_t rows, int64_t chunks) {
+  const int64_t even = ceil_div(rows, chunks);
+  return chunks == 1 ? even : ceil_div(even, 16) * 16;
+}
+
+inline int64_t tile_rows(int64_t I, int64_t element_bytes) {
+  const int64_t row_bytes = std::max<int64_t>(1, I * element_bytes);
+  const int64_t fit = kTileBytes / row_bytes / 8 * 8;
+  if (fit >= 8) return std::min(fit, kMaxTileRows);
+  return 8 * row_bytes <= kMaxTileBytes ? 8 : kMinTileRows;
+}
+
+// Elements between the rows of a partial dW: a whole number of the widest vectors, and off the
+// multiples of 4 KiB that would put every row of dW into the same set of L1.
+inline int64_t partial_stride(int64_t I) { return ceil_div(I, 16) * 16 + 16; }
+
+inline Plan choose_plan(const LinearShape& s, int64_t element_bytes) {
+  if (s.O > kMaxOnePassOutputs) return Plan::kGemm;
+  if (kMinTileRows * s.I * element_bytes > kMaxTileBytes) return Plan::kGemm;
+  const bool threads_idle = one_pass_chunks(s) < kMinParallelChunks;
+  return threads_idle && s.B * s.I * s.O > kMaxSerialWork ? Plan::kGemm : Plan::kOnePass;
+}
+
+inline int64_t residual_chunks(int64_t B, int64_t O) {
+  return std::clamp<int64_t>(B * O / kElementwiseGrain, 1, kMaxChunks);
+}
+
+}  // namespace fused_step::cpu
