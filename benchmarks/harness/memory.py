@@ -4,7 +4,8 @@
 - `aten_bytes`: the peak of ATen's CPU allocator during a step, from torch.profiler's allocation
   events. Exact to the byte, but blind to a plain malloc.
 - `resident_bytes`: growth of the resident set's high-water mark over the first steps, from
-  /proc/self. Sees every page that is touched, also of what is kept for later, to within about 0.3 MiB.
+  /proc/self. Sees every page that is touched, also of what is kept for later, to within about
+  0.3 MiB.
 
 For the second to be sound, the child asks malloc to take every block of 64 KiB or more fresh from
 the system and to give it back at once, has no huge pages, and before the baseline is taken lets

@@ -40,7 +40,9 @@ class Check:
         return all(self.error[part] <= self.allowed[part] for part in _PARTS)
 
     def as_json(self) -> dict:
-        return {part: {"error": self.error[part], "allowed": self.allowed[part]} for part in _PARTS}
+        """JSON has no NaN: an error that is not finite becomes null."""
+        found = {part: e if math.isfinite(e) else None for part, e in self.error.items()}
+        return {part: {"error": found[part], "allowed": self.allowed[part]} for part in _PARTS}
 
     def failures(self) -> str:
         return "; ".join(

@@ -232,33 +232,53 @@ def picture(result: dict, path: Path) -> None:
 
 
 def _panel(panel, case: dict, subject: str) -> None:
+    """One case. The axis begins at 0, unless the bars span so much that it must be logarithmic."""
     timed = [c for c in case["contestants"] if c["microseconds"]]
-    bars = [c for c in timed if c["role"] == "contestant"][::-1]
+    again = case["aa"]["again"] if case["aa"] else None
+    bars = [c for c in timed if c["role"] == "contestant" and c["key"] != again][::-1]
     floors = [c for c in timed if c["role"] == "floor"]
     medians = [c["microseconds"]["median"] for c in bars]
+    lows = [c["microseconds"]["p20"] for c in bars]
+    highs = [c["microseconds"]["p80"] for c in bars]
+    if not bars:
+        return
+    if max(medians) > 20 * min(medians):
+        panel.set_xscale("log")
+        panel.set_xlim(min(medians + [c["microseconds"]["median"] for c in floors]) / 2)
+        panel.set_xlim(right=max(highs) * 5)
+        unit = "µs a step (log)"
+    else:
+        # A floor at less than 2 % of the shortest bar would only hide the axis.
+        floors = [c for c in floors if c["microseconds"]["median"] > 0.02 * min(medians)]
+        panel.set_xlim(0, 1.2 * max(highs + [c["microseconds"]["median"] for c in floors]))
+        unit = "µs a step"
     errors = [
-        [c["microseconds"]["median"] - c["microseconds"]["p20"] for c in bars],
-        [c["microseconds"]["p80"] - c["microseconds"]["median"] for c in bars],
+        [median - low for median, low in zip(medians, lows, strict=True)],
+        [high - median for median, high in zip(medians, highs, strict=True)],
     ]
-    ours = (subject, "run")
-    colors = ["#c1440e" if c["key"].startswith(ours) else "#7a8ba0" for c in bars]
-    panel.barh([c["label"] for c in bars], medians, xerr=errors, color=colors, height=0.65)
-    panel.set_xscale("log")
-    for place, median in enumerate(medians):
+    colors = ["#c1440e" if c["key"] in (subject, "run") else "#7a8ba0" for c in bars]
+    whisker = {"elinewidth": 1.0, "ecolor": "#222222"}
+    labels = [c["label"] for c in bars]
+    panel.barh(labels, medians, xerr=errors, color=colors, height=0.65, error_kw=whisker)
+    for place, (median, high) in enumerate(zip(medians, highs, strict=True)):
         panel.annotate(
-            f" {number(median)}", (median, place), va="center", size=8, xytext=(4, 0),
+            number(median),
+            (high, place),
+            va="center",
+            size=8,
+            xytext=(4, 0),
             textcoords="offset points",
-        )  # fmt: skip
-    for floor, color in zip(floors, ("#2a9d8f", "#e9a820", "#8457a8", "#444444"), strict=False):
+        )
+    colors_of_floors = ("#2a9d8f", "#d19000", "#8457a8", "#444444")
+    for floor, color in zip(floors, colors_of_floors, strict=False):
         median = floor["microseconds"]["median"]
-        panel.axvline(median, color=color, linestyle="--", linewidth=1.2, label=floor["label"])
-    edges = medians + [c["microseconds"]["median"] for c in floors]
-    if edges:
-        panel.set_xlim(min(edges) * 0.6, max(edges) * 3.0)
+        label = f"{floor['label']}, {number(median)}"
+        panel.axvline(median, color=color, linestyle="--", linewidth=1.2, label=label)
     if floors:
-        panel.legend(fontsize=7, loc="best", framealpha=0.9)
+        place = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.2), "ncols": len(floors)}
+        panel.legend(fontsize=7, frameon=False, **place)
     panel.set_title(case["title"], size=11)
-    panel.set_xlabel("µs per step (log)", size=8)
+    panel.set_xlabel(unit, size=8)
     panel.tick_params(labelsize=8)
     panel.spines[["top", "right"]].set_visible(False)
 
