@@ -68,7 +68,7 @@ def _parse(description: str, cases: Sequence[Case]) -> argparse.Namespace:
 
 
 def _protocol(arguments: argparse.Namespace) -> Protocol:
-    protocol = Protocol(rounds=8, case_seconds=4.0) if arguments.quick else Protocol()
+    protocol = Protocol(rounds=8, case_seconds=3.0) if arguments.quick else Protocol()
     if arguments.rounds:
         protocol = Protocol(rounds=arguments.rounds, case_seconds=protocol.case_seconds)
     return protocol
@@ -179,6 +179,8 @@ def run(
         f"{result['machine']['cpu']}; {threads} threads of torch, "
         f"CPUs {result['machine']['affinity']}; load average {result['load_average']['before']}"
     )
+    if result["load_average"]["before"][0] > 0.5:
+        console.print("[yellow]the machine is busy with something else: do not quote this run[/]")
     with console.status("building the floors"):
         console.print(floors.build())
 
