@@ -2,6 +2,7 @@
 #include "bindings/linear_step.h"
 
 #include <ATen/EmptyTensor.h>
+#include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/function.h>
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/autograd/variable.h>
@@ -41,8 +42,11 @@ py::object dict_of(PyObject* object) {
 }
 
 // A module whose type was checked: is a call of it nothing but its class' forward?
-bool check_module(PyObject* dict, const ModuleClass& module_class, const char* name, Verdict& v) {
+bool check_module(PyObject* module, PyObject* dict, const ModuleClass& module_class,
+                  const char* name, Verdict& v, Watch& watch) {
   const Names& n = python_objects().names;
+  watch.root(module, dict);
+  watch.type(module_class.type);
   const auto against = [&](bool holds, const char* what) {
     return holds && v.against(std::string(name) + what);
   };
@@ -50,11 +54,14 @@ bool check_module(PyObject* dict, const ModuleClass& module_class, const char* n
   if (against(get_item(dict, n.forward) != nullptr, " has a forward of its own")) return false;
   PyObject* const compiled = get_item(dict, n.compiled_call_impl);
   if (against(compiled != nullptr && compiled != Py_None, " is compiled")) return false;
-  return !against(!is_empty_dict(get_item(dict, n.forward_hooks)) ||
-                      !is_empty_dict(get_item(dict, n.forward_pre_hooks)) ||
-                      !is_empty_dict(get_item(dict, n.backward_hooks)) ||
-                      !is_empty_dict(get_item(dict, n.backward_pre_hooks)),
-                  " has hooks");
+  bool has_hooks = false;
+  for (PyObject* key :
+       {n.forward_hooks, n.forward_pre_hooks, n.backward_hooks, n.backward_pre_hooks}) {
+    PyObject* const hooks = get_item(dict, key);
+    watch.dict(hooks);
+    has_hooks |= !is_empty_dict(hooks);
+  }
+  return !against(has_hooks, " has hooks");
 }
 
 // Dispatch keys of an ordinary CPU tensor. Inference tensors, subclasses, views with a negative or
@@ -147,15 +154,15 @@ bool has_suffix_shape(const at::Tensor& input, const at::Tensor& target, int64_t
 
 }  // namespace
 
-bool LinearStep::resolve_modules(Verdict& v, Call& call) {
+bool LinearStep::read_model(Verdict& v, Reading& reading) {
   const PythonObjects& o = python_objects();
   const Names& n = o.names;
   PyObject* linear = model_.ptr();
-  py::object child;
   if (Py_TYPE(linear) == o.sequential.type) {
     const py::object dict = dict_of(linear);
-    if (!check_module(dict.ptr(), o.sequential, "the model", v)) return false;
+    if (!check_module(linear, dict.ptr(), o.sequential, "the model", v, watch_)) return false;
     PyObject* const modules = get_item(dict.ptr(), n.modules);
+    watch_.dict(modules);
     Py_ssize_t position = 0;
     PyObject* only = nullptr;
     if (modules == nullptr || !PyDict_Check(modules) || PyDict_GET_SIZE(modules) != 1 ||
@@ -163,7 +170,6 @@ bool LinearStep::resolve_modules(Verdict& v, Call& call) {
       v.against(true, "the model is a Sequential of something else than one nn.Linear");
       return false;
     }
-    child = py::reinterpret_borrow<py::object>(only);
     linear = only;
   }
   if (Py_TYPE(linear) != o.linear.type) {
@@ -172,8 +178,9 @@ bool LinearStep::resolve_modules(Verdict& v, Call& call) {
     return false;
   }
   const py::object dict = dict_of(linear);
-  if (!check_module(dict.ptr(), o.linear, "the linear layer", v)) return false;
+  if (!check_module(linear, dict.ptr(), o.linear, "the linear layer", v, watch_)) return false;
   PyObject* const parameters = get_item(dict.ptr(), n.parameters);
+  watch_.dict(parameters);
   PyObject* const weight =
       parameters != nullptr && PyDict_Check(parameters) ? get_item(parameters, n.weight) : nullptr;
   PyObject* const bias = weight != nullptr ? get_item(parameters, n.bias) : nullptr;
@@ -185,16 +192,12 @@ bool LinearStep::resolve_modules(Verdict& v, Call& call) {
     v.against(true, "the layer's weight and bias are not nn.Parameters of its own");
     return false;
   }
-  call.sgd.weight.object = weight;
-  call.state.weight = THPVariable_Unpack(weight);
-  if (bias != Py_None) {
-    call.sgd.bias.object = bias;
-    call.state.bias = THPVariable_Unpack(bias);
-  }
+  reading.sgd.weight.object = weight;
+  if (bias != Py_None) reading.sgd.bias.object = bias;
   return true;
 }
 
-bool LinearStep::resolve_loss(Verdict& v, Call& call) {
+bool LinearStep::read_loss(Verdict& v, Reading& reading) {
   const PythonObjects& o = python_objects();
   const Names& n = o.names;
   PyObject* const loss = loss_function_.ptr();
@@ -202,10 +205,11 @@ bool LinearStep::resolve_loss(Verdict& v, Call& call) {
   py::object owner;
   if (Py_TYPE(loss) == o.mse_loss.type) {
     owner = dict_of(loss);
-    if (!check_module(owner.ptr(), o.mse_loss, "the loss", v)) return false;
+    if (!check_module(loss, owner.ptr(), o.mse_loss, "the loss", v, watch_)) return false;
     reduction = get_item(owner.ptr(), n.reduction);
   } else if (Py_TYPE(loss) == o.partial) {
-    // functools.partial(F.mse_loss, reduction=...)
+    // functools.partial(F.mse_loss, reduction=...), whose keywords may change unseen.
+    reading.sgd.may_be_kept = false;
     const py::object function = py::getattr(loss, "func"), args = py::getattr(loss, "args");
     owner = py::getattr(loss, "keywords");
     PyObject* const given = get_item(owner.ptr(), n.reduction);
@@ -225,9 +229,9 @@ bool LinearStep::resolve_loss(Verdict& v, Call& call) {
                                  PyUnicode_Compare(reduction, name) == 0);
   };
   if (is(n.mean)) {
-    call.state.reduction = Reduction::kMean;
+    reading.reduction = Reduction::kMean;
   } else if (is(n.sum)) {
-    call.state.reduction = Reduction::kSum;
+    reading.reduction = Reduction::kSum;
   } else {
     v.against(true, "the loss' reduction is neither 'mean' nor 'sum'");
     return false;
@@ -235,22 +239,47 @@ bool LinearStep::resolve_loss(Verdict& v, Call& call) {
   return true;
 }
 
+// The model, the loss and the optimizer; from memory where none of them has changed.
+bool LinearStep::read_objects(Verdict& v, Reading& reading) {
+  if (!v.explains() && watch_.unchanged()) {
+    reading = kept_;
+    return true;
+  }
+  watch_.clear();
+  const bool model = read_model(v, reading);
+  const bool loss = (model || v.explains()) && read_loss(v, reading);
+  // Without a layer only the kind of optimizer can still be said.
+  const bool optimizer = (model && loss) || v.explains()
+                             ? (model || Py_TYPE(optimizer_.ptr()) != python_objects().sgd) &&
+                                   sgd_reader_.read(optimizer_.ptr(), v, watch_, reading.sgd)
+                             : false;
+  const bool complete = model && loss && optimizer && v.applies();
+  if (complete && reading.sgd.may_be_kept) {
+    kept_ = reading;
+  } else {
+    watch_.clear();
+  }
+  return model && loss && optimizer;
+}
+
 bool LinearStep::check_params(Verdict& v, Call& call) {
+  const SgdParam &weight = call.reading.sgd.weight, &bias = call.reading.sgd.bias;
   LinearSgdState& s = call.state;
+  s.weight = THPVariable_Unpack(weight.object);
   const at::ScalarType dtype = s.weight.scalar_type();
-  if (!check_param("weight", call.sgd.weight.object, dtype, v)) return false;
-  if (call.sgd.bias.object != nullptr && !check_param("bias", call.sgd.bias.object, dtype, v)) {
-    return false;
+  if (!check_param("weight", weight.object, dtype, v)) return false;
+  if (s.weight.dim() != 2) return !v.against(true, "weight is not [O, I]");
+  s.weight_options = weight.options;
+  s.reduction = call.reading.reduction;
+  if (weight.buf != nullptr) s.weight_buf = THPVariable_Unpack(weight.buf);
+  if (bias.object == nullptr) return check_buffer(s.weight_buf, s.weight, v);
+  s.bias = THPVariable_Unpack(bias.object);
+  if (!check_param("bias", bias.object, dtype, v)) return false;
+  if (s.bias.dim() != 1 || s.bias.size(0) != s.weight.size(0)) {
+    return !v.against(true, "bias is not [O]");
   }
-  if (s.weight.dim() != 2 ||
-      (s.bias.defined() && (s.bias.dim() != 1 || s.bias.size(0) != s.weight.size(0)))) {
-    v.against(true, "weight is not [O, I] with a bias of [O]");
-    return false;
-  }
-  s.weight_options = call.sgd.weight.options;
-  s.bias_options = call.sgd.bias.options;
-  if (s.weight_options.momentum != 0.0) s.weight_buf = call.sgd.weight.buf;
-  if (s.bias.defined() && s.bias_options.momentum != 0.0) s.bias_buf = call.sgd.bias.buf;
+  s.bias_options = bias.options;
+  if (bias.buf != nullptr) s.bias_buf = THPVariable_Unpack(bias.buf);
   return check_buffer(s.weight_buf, s.weight, v) && check_buffer(s.bias_buf, s.bias, v);
 }
 
@@ -274,20 +303,8 @@ bool LinearStep::check_batch(PyObject* input, PyObject* target, Verdict& v, Call
 }
 
 bool LinearStep::resolve(PyObject* input, PyObject* target, Verdict& v, Call& call) {
-  if (!check_world(v)) return false;
-  const bool modules = resolve_modules(v, call);
-  if (!modules && !v.explains()) return false;
-  if (!resolve_loss(v, call) && !v.explains()) return false;
-  if (!modules) {
-    // Without a layer only the kind of optimizer can still be said.
-    if (Py_TYPE(optimizer_.ptr()) != python_objects().sgd) {
-      sgd_reader_.read(optimizer_.ptr(), v, call.sgd);
-    }
-    return false;
-  }
-  if (!sgd_reader_.read(optimizer_.ptr(), v, call.sgd)) return false;
-  if (!check_params(v, call)) return false;
-  return check_batch(input, target, v, call) && v.applies();
+  return check_world(v) && read_objects(v, call.reading) && check_params(v, call) &&
+         check_batch(input, target, v, call) && v.applies();
 }
 
 // The buffers of a first step, which SGD would make from the gradient.
@@ -306,16 +323,10 @@ void LinearStep::make_buffers(Call& call) {
 // What SGD.step leaves behind beside the parameters.
 void LinearStep::leave_optimizer(const Call& call) {
   const LinearSgdState& s = call.state;
-  if (s.weight_options.first_step) {
-    store_momentum_buffer(call.sgd.dict, call.sgd.weight.object, s.weight_buf);
-  }
-  if (s.bias_options.first_step) {
-    store_momentum_buffer(call.sgd.dict, call.sgd.bias.object, s.bias_buf);
-  }
-  if (call.sgd.step_is_scheduled) {
-    // Otherwise the first scheduler.step() warns that optimizer.step() was not called.
-    PyDict_SetItem(call.sgd.dict, python_objects().names.opt_called, Py_True);
-  }
+  const SgdReading& sgd = call.reading.sgd;
+  if (s.weight_options.first_step) store_momentum_buffer(sgd.dict, sgd.weight.object, s.weight_buf);
+  if (s.bias_options.first_step) store_momentum_buffer(sgd.dict, sgd.bias.object, s.bias_buf);
+  if (sgd.step_is_scheduled) note_step_called(sgd.dict);
 }
 
 py::object LinearStep::step(py::handle input, py::handle target) {
@@ -400,5 +411,30 @@ std::pair<std::string, std::vector<std::string>> LinearStep::explain(py::handle 
 }
 
 const char* LinearStep::plan() const { return plan_name(plan_); }
+
+namespace {
+
+PyObject* call_step(PyObject* capsule, PyObject* const* args, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  TORCH_CHECK_TYPE(count == 2, "step: expected input and target, got ", count, " arguments");
+  auto* const step = static_cast<LinearStep*>(PyCapsule_GetPointer(capsule, nullptr));
+  return step->step(args[0], args[1]).release().ptr();
+  END_HANDLE_TH_ERRORS
+}
+
+PyMethodDef step_method = {"step", reinterpret_cast<PyCFunction>(call_step), METH_FASTCALL,
+                           "step(input, target) -> Tensor | None"};
+
+}  // namespace
+
+py::object step_function(const py::object& self) {
+  // The capsule, and with it the function, keeps `self` alive.
+  const py::object capsule = py::reinterpret_steal<py::object>(PyCapsule_New(
+      &self.cast<LinearStep&>(), nullptr,
+      [](PyObject* c) { Py_XDECREF(static_cast<PyObject*>(PyCapsule_GetContext(c))); }));
+  if (!capsule) throw py::error_already_set();
+  PyCapsule_SetContext(capsule.ptr(), self.inc_ref().ptr());
+  return py::reinterpret_steal<py::object>(PyCFunction_New(&step_method, capsule.ptr()));
+}
 
 }  // namespace fused_step

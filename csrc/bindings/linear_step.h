@@ -13,18 +13,19 @@
 #include "bindings/linear_mse_sgd.h"
 #include "bindings/sgd_groups.h"
 #include "bindings/verdict.h"
+#include "bindings/watch.h"
 
 namespace fused_step {
 
-// Not to be called from two threads at once.
+// Not to be called from two threads at once. Holds no references: the TrainStep that made it does,
+// where Python's garbage collector sees them (a model may well hold its TrainStep).
 class LinearStep {
  public:
-  LinearStep(pybind11::object model, pybind11::object loss_function, pybind11::object optimizer)
-      : model_(std::move(model)),
-        loss_function_(std::move(loss_function)),
-        optimizer_(std::move(optimizer)) {}
+  LinearStep(pybind11::handle model, pybind11::handle loss_function, pybind11::handle optimizer)
+      : model_(model), loss_function_(loss_function), optimizer_(optimizer) {}
 
-  // One step; None, and nothing changed, where no fused plan applies.
+  // One step; None, and nothing changed, where no fused plan applies. Python calls it through
+  // step_function().
   pybind11::object step(pybind11::handle input, pybind11::handle target);
 
   // Many steps; None, and nothing changed, where no fused plan applies. `progress(steps_done)` is
@@ -41,27 +42,39 @@ class LinearStep {
   const char* plan() const;
 
  private:
-  // Everything a step needs, found out anew at each call.
-  struct Call {
+  // What the model, the loss and the optimizer say: good for as long as none of them changes.
+  struct Reading {
     SgdReading sgd;
+    Reduction reduction = Reduction::kMean;
+  };
+
+  // Everything a step needs.
+  struct Call {
+    Reading reading;
     LinearSgdState state;
     at::Tensor input;
     at::Tensor target;
-    pybind11::object optimizer_dict;
   };
 
   bool resolve(PyObject* input, PyObject* target, Verdict& verdict, Call& call);
-  bool resolve_modules(Verdict& verdict, Call& call);
-  bool resolve_loss(Verdict& verdict, Call& call);
+  bool read_objects(Verdict& verdict, Reading& reading);
+  bool read_model(Verdict& verdict, Reading& reading);
+  bool read_loss(Verdict& verdict, Reading& reading);
   static bool check_params(Verdict& verdict, Call& call);
   static bool check_batch(PyObject* input, PyObject* target, Verdict& verdict, Call& call);
   static void make_buffers(Call& call);
   static void leave_optimizer(const Call& call);
 
-  pybind11::object model_, loss_function_, optimizer_;
+  pybind11::handle model_, loss_function_, optimizer_;
   SgdReader sgd_reader_;
+  Watch watch_;  // over what kept_ came from
+  Reading kept_;
   Workspace workspace_;
   cpu::Plan plan_ = cpu::Plan::kNone;
 };
+
+// `self`.step as a built-in function of two positional arguments, which costs a quarter of a call
+// through pybind11's dispatcher.
+pybind11::object step_function(const pybind11::object& self);
 
 }  // namespace fused_step

@@ -78,9 +78,9 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
 
   py::class_<LinearStep>(m, "LinearStep", py::module_local(),
                          "Fused plans of TrainStep for a linear model; see train_step.py.")
-      .def(py::init<py::object, py::object, py::object>(), py::arg("model"),
+      .def(py::init<py::handle, py::handle, py::handle>(), py::arg("model"),
            py::arg("loss_function"), py::arg("optimizer"))
-      .def("step", &LinearStep::step, py::arg("input"), py::arg("target"))
+      .def_property_readonly("step", &fused_step::step_function)
       .def("run", &LinearStep::run, py::arg("inputs"), py::arg("targets"), py::arg("epochs"),
            py::arg("batch_size"), py::arg("shuffle"), py::arg("generator"), py::arg("progress"))
       .def("explain", &LinearStep::explain, py::arg("input"), py::arg("target"))

@@ -30,8 +30,9 @@ bool read_number(PyObject* value, double& number) {
 }
 
 // A learning rate may also be a tensor of one element.
-bool read_lr(PyObject* value, double& lr) {
+bool read_lr(PyObject* value, double& lr, bool& may_be_kept) {
   if (read_number(value, lr)) return true;
+  may_be_kept = false;
   if (value == nullptr || !THPVariable_CheckExact(value)) return false;
   const at::Tensor& t = THPVariable_Unpack(value);
   if (t.numel() != 1 || t.requires_grad() || !t.device().is_cpu() || t.layout() != at::kStrided ||
@@ -47,10 +48,10 @@ bool read_flag(PyObject* value, bool& flag) {
   return value == Py_True || value == Py_False;
 }
 
-bool read_options(PyObject* group, const Names& n, SgdOptions& options) {
+bool read_options(PyObject* group, const Names& n, SgdOptions& options, bool& may_be_kept) {
   bool differentiable = false;
   PyObject* const is_differentiable = get_item(group, n.differentiable);
-  return read_lr(get_item(group, n.lr), options.lr) &&
+  return read_lr(get_item(group, n.lr), options.lr, may_be_kept) &&
          read_number(get_item(group, n.momentum), options.momentum) &&
          read_number(get_item(group, n.dampening), options.dampening) &&
          read_number(get_item(group, n.weight_decay), options.weight_decay) &&
@@ -59,19 +60,19 @@ bool read_options(PyObject* group, const Names& n, SgdOptions& options) {
          read_flag(is_differentiable, differentiable) && !differentiable;
 }
 
-// optimizer.state[param]["momentum_buffer"], or undefined; false: something else is there.
-bool read_buffer(PyObject* state, PyObject* param, const Names& n, at::Tensor& buf) {
+// optimizer.state[param]["momentum_buffer"], or null; false: something else is there.
+bool read_buffer(PyObject* state, PyObject* param, const Names& n, Watch& watch, PyObject*& buf) {
+  watch.dict(state);
   PyObject* const entry = PyDict_GetItemWithError(state, param);
   if (entry == nullptr) {
     if (PyErr_Occurred()) throw py::error_already_set();
     return true;
   }
   if (!PyDict_Check(entry)) return false;
-  PyObject* const object = get_item(entry, n.momentum_buffer);
-  if (object == nullptr || object == Py_None) return true;
-  if (!THPVariable_CheckExact(object)) return false;
-  buf = THPVariable_Unpack(object);
-  return true;
+  watch.dict(entry);
+  buf = get_item(entry, n.momentum_buffer);
+  if (buf == Py_None) buf = nullptr;
+  return buf == nullptr || THPVariable_CheckExact(buf);
 }
 
 }  // namespace
@@ -85,10 +86,12 @@ bool SgdReader::is_stock_step(PyObject* step, PyObject*& last_seen) {
   return true;
 }
 
-bool SgdReader::check_step(PyObject* optimizer, PyObject* dict, Verdict& v, SgdReading& reading) {
+bool SgdReader::check_step(PyObject* optimizer, PyObject* dict, Verdict& v, Watch& watch,
+                           SgdReading& reading) {
   const PythonObjects& o = python_objects();
   const Names& n = o.names;
   PyTypeObject* const type = Py_TYPE(optimizer);
+  watch.type(type);
   if (v.against(!is_stock_step(_PyType_Lookup(type, n.step), class_step_) ||
                     _PyType_Lookup(type, n.zero_grad) != o.sgd_zero_grad,
                 "SGD's step or zero_grad has been replaced")) {
@@ -101,17 +104,17 @@ bool SgdReader::check_step(PyObject* optimizer, PyObject* dict, Verdict& v, SgdR
                 "the optimizer's step or zero_grad has been replaced on the instance")) {
     return false;
   }
-  if (v.against(!is_empty_dict(get_item(dict, n.step_pre_hooks)) ||
-                    !is_empty_dict(get_item(dict, n.step_post_hooks)),
-                "the optimizer has step hooks")) {
-    return false;
+  for (PyObject* name : {n.step_pre_hooks, n.step_post_hooks}) {
+    PyObject* const hooks = get_item(dict, name);
+    watch.dict(hooks);
+    if (v.against(!is_empty_dict(hooks), "the optimizer has step hooks")) return false;
   }
   return !v.against(
       get_item(dict, n.grad_scale) != nullptr || get_item(dict, n.found_inf) != nullptr,
       "a GradScaler is at work on the optimizer");
 }
 
-bool SgdReader::read(PyObject* optimizer, Verdict& v, SgdReading& reading) {
+bool SgdReader::read(PyObject* optimizer, Verdict& v, Watch& watch, SgdReading& reading) {
   const PythonObjects& o = python_objects();
   const Names& n = o.names;
   if (Py_TYPE(optimizer) != o.sgd) {
@@ -122,24 +125,29 @@ bool SgdReader::read(PyObject* optimizer, Verdict& v, SgdReading& reading) {
   const py::object dict_owner =
       py::reinterpret_steal<py::object>(PyObject_GenericGetDict(optimizer, nullptr));
   PyObject* const dict = reading.dict = dict_owner.ptr();
-  if (!check_step(optimizer, dict, v, reading)) return false;
+  watch.root(optimizer, dict);
+  if (!check_step(optimizer, dict, v, watch, reading)) return false;
 
   PyObject* const groups = get_item(dict, n.param_groups);
   if (groups == nullptr || !PyList_Check(groups)) {
     v.against(true, "the optimizer has no list of param_groups");
     return false;
   }
+  watch.list(groups);
   for (Py_ssize_t g = 0; g < PyList_GET_SIZE(groups); ++g) {
     PyObject* const group = PyList_GET_ITEM(groups, g);
+    watch.dict(group);
     PyObject* const params = PyDict_Check(group) ? get_item(group, n.params) : nullptr;
     SgdOptions options;
-    if (params == nullptr || !PyList_Check(params) || !read_options(group, n, options)) {
+    if (params == nullptr || !PyList_Check(params) ||
+        !read_options(group, n, options, reading.may_be_kept)) {
       v.against(true,
                 "a param group has an option that is not fused (lr, momentum, dampening and "
                 "weight_decay as numbers, lr also as a CPU tensor of one element without grad, "
                 "differentiable=False)");
       return false;
     }
+    watch.list(params);
     for (Py_ssize_t k = 0; k < PyList_GET_SIZE(params); ++k) {
       PyObject* const param = PyList_GET_ITEM(params, k);
       SgdParam* const known = param == reading.weight.object ? &reading.weight
@@ -162,11 +170,13 @@ bool SgdReader::read(PyObject* optimizer, Verdict& v, SgdReading& reading) {
   for (SgdParam* p : {&reading.weight, &reading.bias}) {
     if (p->object == nullptr || p->options.momentum == 0.0) continue;
     PyObject* const state = get_item(dict, n.state);
-    if (state == nullptr || !PyDict_Check(state) || !read_buffer(state, p->object, n, p->buf)) {
+    if (state == nullptr || !PyDict_Check(state) ||
+        !read_buffer(state, p->object, n, watch, p->buf)) {
       v.against(true, "the optimizer's momentum_buffer is not a plain tensor");
       return false;
     }
-    p->options.first_step = !p->buf.defined();
+    p->options.first_step = p->buf == nullptr;
+    if (p->options.first_step) reading.may_be_kept = false;  // the step itself makes the buffer
   }
   return true;
 }
@@ -177,6 +187,13 @@ void store_momentum_buffer(PyObject* optimizer_dict, PyObject* param, const at::
   const py::object state = py::reinterpret_borrow<py::object>(get_item(optimizer_dict, n.state));
   const py::object entry = state[py::handle(param)];
   entry[py::handle(n.momentum_buffer)] = py::reinterpret_steal<py::object>(THPVariable_Wrap(buf));
+}
+
+void note_step_called(PyObject* optimizer_dict) {
+  PyObject* const key = python_objects().names.opt_called;
+  // Set only once: each setting is a change that a watch would see.
+  if (get_item(optimizer_dict, key) == Py_True) return;
+  if (PyDict_SetItem(optimizer_dict, key, Py_True) != 0) throw py::error_already_set();
 }
 
 }  // namespace fused_step

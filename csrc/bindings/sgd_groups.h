@@ -7,6 +7,7 @@
 #include <Python.h>
 
 #include "bindings/verdict.h"
+#include "bindings/watch.h"
 #include "core/params.h"
 
 namespace fused_step {
@@ -15,7 +16,7 @@ namespace fused_step {
 struct SgdParam {
   PyObject* object = nullptr;  // borrowed; null: the model has no such parameter
   SgdOptions options;
-  at::Tensor buf;
+  PyObject* buf = nullptr;  // borrowed
   bool in_groups = false;
 };
 
@@ -24,16 +25,18 @@ struct SgdReading {
   SgdParam bias;
   PyObject* dict = nullptr;        // borrowed: optimizer.__dict__
   bool step_is_scheduled = false;  // a scheduler wraps step() and wants _opt_called
+  bool may_be_kept = true;         // false: a value in it may change unseen (a tensor lr)
 };
 
 class SgdReader {
  public:
-  // Fills `reading`, whose weight.object and bias.object are set. False once the verdict needs no
-  // more, or when there is nothing further to read.
-  bool read(PyObject* optimizer, Verdict& verdict, SgdReading& reading);
+  // Fills `reading`, whose weight.object and bias.object are set, and notes in `watch` what it came
+  // from. False once the verdict needs no more, or when there is nothing further to read.
+  bool read(PyObject* optimizer, Verdict& verdict, Watch& watch, SgdReading& reading);
 
  private:
-  bool check_step(PyObject* optimizer, PyObject* dict, Verdict& verdict, SgdReading& reading);
+  bool check_step(PyObject* optimizer, PyObject* dict, Verdict& verdict, Watch& watch,
+                  SgdReading& reading);
   bool is_stock_step(PyObject* step, PyObject*& last_seen);
 
   // The functions that were found to be PyTorch's own; compared by identity at each call, and held
@@ -44,5 +47,9 @@ class SgdReader {
 
 // Puts a buffer that the first step has made into optimizer.state[param].
 void store_momentum_buffer(PyObject* optimizer_dict, PyObject* param, const at::Tensor& buf);
+
+// Tells the scheduler that wraps optimizer.step that it has been called; otherwise the first
+// scheduler.step() warns.
+void note_step_called(PyObject* optimizer_dict);
 
 }  // namespace fused_step

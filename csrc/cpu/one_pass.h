@@ -9,7 +9,6 @@ struct Prefetcher {
   const char* line;  // null: nothing to prefetch
 
   FUSED_STEP_INLINE void fetch(int lines) {
-    if (line == nullptr) return;
     for (int k = 0; k < lines; ++k) __builtin_prefetch(line + 64 * k);
     line += 64 * lines;
   }
@@ -22,9 +21,45 @@ constexpr int kDotRows = kOneOutput || kLanes<T> < 4 ? kLanes<T> : 4;
 template <typename T, bool kOneOutput>
 constexpr int kDotOutputs = kLanes<T> / kDotRows<T, kOneOutput>;
 
-// Dot products of the block's rows with its rows of W; lane p * kRows + row. Rows and outputs
-// beyond the last valid one repeat it, and their lanes are of no use.
-template <typename T, bool kOneOutput>
+// The rows of a block. All there: four addresses from each of two pointers and a stride, which is
+// all that the 16 general registers have room for. Ragged: rows beyond the last repeat it.
+template <typename T, int kRows, bool kRagged>
+class BlockRows {
+ public:
+  FUSED_STEP_INLINE BlockRows(const T* x, int64_t stride, int rows) : stride_(stride) {
+    if constexpr (kRagged) {
+      for (int r = 0; r < kRows; ++r) at_[r] = x + (r < rows ? r : rows - 1) * stride;
+    } else {
+      for (int r = 0; r < kRows; r += 4) at_[r / 4] = x + r * stride;
+    }
+  }
+  FUSED_STEP_INLINE const T* operator[](int r) const {
+    return kRagged ? at_[r] : at_[r / 4] + r % 4 * stride_;
+  }
+
+ private:
+  const T* at_[kRagged ? kRows : (kRows + 3) / 4];
+  int64_t stride_;
+};
+
+// Adds the products of one vector of columns of the block's rows and outputs.
+template <typename T, bool kOneOutput, bool kTail, typename X, typename W>
+FUSED_STEP_INLINE void add_products(const X& x, const W& weight, int64_t i,
+                                    const FirstLanes<T>& lanes, Vec<T> (&acc)[kLanes<T>]) {
+  constexpr int kRows = kDotRows<T, kOneOutput>, kOutputs = kDotOutputs<T, kOneOutput>;
+  Vec<T> w[kOutputs];
+  for (int p = 0; p < kOutputs; ++p) {
+    w[p] = kTail ? load_first(weight[p] + i, lanes) : load(weight[p] + i);
+  }
+  for (int r = 0; r < kRows; ++r) {
+    const Vec<T> x_r = kTail ? load_first(x[r] + i, lanes) : load(x[r] + i);
+    for (int p = 0; p < kOutputs; ++p) acc[p * kRows + r] += x_r * w[p];
+  }
+}
+
+// Dot products of the block's rows with its rows of W; lane p * kRows + row. In a ragged block the
+// lanes of missing rows and outputs are of no use.
+template <typename T, bool kOneOutput, bool kRagged, bool kPrefetch>
 FUSED_STEP_INLINE Vec<T> dot_block(const T* x,  // [rows, I]
                                    int64_t x_stride, int rows,
                                    const T* weight,  // [outputs, I]
@@ -32,33 +67,33 @@ FUSED_STEP_INLINE Vec<T> dot_block(const T* x,  // [rows, I]
   constexpr int kRows = kDotRows<T, kOneOutput>, kOutputs = kDotOutputs<T, kOneOutput>;
   // Half of the lines that this block reads; the other half is left to the dW phase.
   constexpr int kLines = kRows * kVectorBytes / 128 > 0 ? kRows * kVectorBytes / 128 : 1;
-  const T* row[kRows];
-  for (int r = 0; r < kRows; ++r) row[r] = x + (r < rows ? r : rows - 1) * x_stride;
-  const T* w_row[kOutputs];
-  for (int p = 0; p < kOutputs; ++p) w_row[p] = weight + (p < outputs ? p : outputs - 1) * I;
-
+  const BlockRows<T, kRows, kRagged> x_rows(x, x_stride, rows);
+  const BlockRows<T, kOutputs, kRagged> w_rows(weight, I, outputs);
   Vec<T> acc[kLanes<T>];
   for (auto& a : acc) a = Vec<T>{};
   int64_t i = 0;
   for (; i + kLanes<T> <= I; i += kLanes<T>) {
-    next.fetch(kLines);
-    Vec<T> w[kOutputs];
-    for (int p = 0; p < kOutputs; ++p) w[p] = load(w_row[p] + i);
-    for (int r = 0; r < kRows; ++r) {
-      const Vec<T> x_r = load(row[r] + i);
-      for (int p = 0; p < kOutputs; ++p) acc[p * kRows + r] += x_r * w[p];
-    }
+    if constexpr (kPrefetch) next.fetch(kLines);
+    add_products<T, kOneOutput, false>(x_rows, w_rows, i, FirstLanes<T>{}, acc);
   }
-  if (i < I) {
-    const FirstLanes<T> tail = first_lanes<T>(I - i);
-    Vec<T> w[kOutputs];
-    for (int p = 0; p < kOutputs; ++p) w[p] = load_first(w_row[p] + i, tail);
-    for (int r = 0; r < kRows; ++r) {
-      const Vec<T> x_r = load_first(row[r] + i, tail);
-      for (int p = 0; p < kOutputs; ++p) acc[p * kRows + r] += x_r * w[p];
-    }
-  }
+  if (i < I) add_products<T, kOneOutput, true>(x_rows, w_rows, i, first_lanes<T>(I - i), acc);
   return transpose_sum<T>(acc);
+}
+
+// Puts the lanes of a block's sums into the columns of `products`.
+template <typename T, bool kOneOutput>
+FUSED_STEP_INLINE void store_sums(const Vec<T>& sums, int outputs,
+                                  T* products) {  // [outputs, kMaxTileRows]
+  constexpr int kRows = kDotRows<T, kOneOutput>;
+  if constexpr (kRows == kLanes<T>) {
+    store(products, sums);
+  } else {
+    T lanes[kLanes<T>];
+    store(lanes, sums);
+    for (int p = 0; p < outputs; ++p) {
+      for (int r = 0; r < kRows; ++r) products[p * kMaxTileRows + r] = lanes[p * kRows + r];
+    }
+  }
 }
 
 // products[o * kMaxTileRows + row] = x_row . W_o.
@@ -66,20 +101,22 @@ template <typename T, bool kOneOutput>
 FUSED_STEP_INLINE void tile_products(const OnePassChunk<T>& a, const T* x, int64_t rows,
                                      Prefetcher& next, T* products) {
   constexpr int kRows = kDotRows<T, kOneOutput>, kOutputs = kDotOutputs<T, kOneOutput>;
-  Prefetcher none{nullptr};
+  const int64_t x_stride = a.batch.x_stride, I = a.I;
   for (int64_t row = 0; row < rows; row += kRows) {
-    const int block_rows = static_cast<int>(std::min<int64_t>(kRows, rows - row));
+    const T* const block = x + row * x_stride;
+    const int n = static_cast<int>(std::min<int64_t>(kRows, rows - row));
     for (int64_t o = 0; o < a.O; o += kOutputs) {
-      const int block_outputs = static_cast<int>(std::min<int64_t>(kOutputs, a.O - o));
-      Vec<T> sums =
-          dot_block<T, kOneOutput>(x + row * a.batch.x_stride, a.batch.x_stride, block_rows,
-                                   a.weight + o * a.I, block_outputs, a.I, o == 0 ? next : none);
-      T lanes[kLanes<T>];
-      store(lanes, sums);
-      for (int p = 0; p < block_outputs; ++p) {
-        __builtin_memcpy(products + (o + p) * kMaxTileRows + row, lanes + p * kRows,
-                         kRows * sizeof(T));
+      const T* const weight = a.weight + o * I;
+      const int outputs = static_cast<int>(std::min<int64_t>(kOutputs, a.O - o));
+      Vec<T> sums;
+      if (n < kRows || outputs < kOutputs) {
+        sums = dot_block<T, kOneOutput, true, false>(block, x_stride, n, weight, outputs, I, next);
+      } else if (o == 0 && next.line != nullptr) {
+        sums = dot_block<T, kOneOutput, false, true>(block, x_stride, n, weight, outputs, I, next);
+      } else {
+        sums = dot_block<T, kOneOutput, false, false>(block, x_stride, n, weight, outputs, I, next);
       }
+      store_sums<T, kOneOutput>(sums, outputs, products + o * kMaxTileRows + row);
     }
   }
 }
@@ -111,95 +148,87 @@ FUSED_STEP_INLINE void tile_residuals(const OnePassChunk<T>& a, const T* target,
   }
 }
 
+// How many rows are summed apart, so that about 8 chains of additions run at once: an FMA takes 4
+// cycles and two start in each.
+template <int kOutputs, int kVecs>
+constexpr int kRowSplit = kOutputs * kVecs >= 8 ? 1 : (kOutputs * kVecs >= 4 ? 2 : 4);
+
 // dW[kOutputs, kVecs vectors] (+)= dy^T x over the rows of a tile; the tile is summed first and
-// then added, which bounds the error by rows/tile + tile rather than by rows.
-template <typename T, int kOutputs, int kVecs>
+// then added, which bounds the error by rows/tile + tile rather than by rows. `kTail`: the one
+// vector has only the first lanes of x; dweight's rows are padded to whole vectors.
+template <typename T, int kOutputs, int kVecs, bool kTail>
 FUSED_STEP_INLINE void outer_block(const T* x, int64_t x_stride, int64_t rows,
                                    const T* dy,  // [kOutputs, kMaxTileRows]
-                                   bool first_tile,
+                                   const FirstLanes<T>& lanes, bool first_tile,
                                    T* dweight,  // [kOutputs, stride]
                                    int64_t stride) {
-  Vec<T> acc[kOutputs][kVecs];
-  for (auto& output : acc) {
-    for (auto& a : output) a = Vec<T>{};
+  constexpr int kSplit = kRowSplit<kOutputs, kVecs>;
+  Vec<T> acc[kSplit][kOutputs][kVecs];
+  for (auto& part : acc) {
+    for (auto& output : part) {
+      for (auto& a : output) a = Vec<T>{};
+    }
   }
-  for (int64_t row = 0; row < rows; ++row) {
+  const auto add_row = [&](int64_t row, Vec<T>(&part)[kOutputs][kVecs]) {
     Vec<T> x_row[kVecs];
-    for (int v = 0; v < kVecs; ++v) x_row[v] = load(x + row * x_stride + v * kLanes<T>);
+    for (int v = 0; v < kVecs; ++v) {
+      const T* const at = x + row * x_stride + v * kLanes<T>;
+      x_row[v] = kTail ? load_first(at, lanes) : load(at);
+    }
     for (int p = 0; p < kOutputs; ++p) {
       const Vec<T> dy_p = splat(dy[p * kMaxTileRows + row]);
-      for (int v = 0; v < kVecs; ++v) acc[p][v] += x_row[v] * dy_p;
+      for (int v = 0; v < kVecs; ++v) part[p][v] += x_row[v] * dy_p;
     }
+  };
+  int64_t row = 0;
+  for (; row + kSplit <= rows; row += kSplit) {
+    for (int k = 0; k < kSplit; ++k) add_row(row + k, acc[k]);
   }
+  for (; row < rows; ++row) add_row(row, acc[0]);
   for (int p = 0; p < kOutputs; ++p) {
     for (int v = 0; v < kVecs; ++v) {
-      T* out = dweight + p * stride + v * kLanes<T>;
-      store(out, first_tile ? acc[p][v] : load(out) + acc[p][v]);
+      for (int k = 1; k < kSplit; ++k) acc[0][p][v] += acc[k][p][v];
+      T* const out = dweight + p * stride + v * kLanes<T>;
+      store(out, first_tile ? acc[0][p][v] : load(out) + acc[0][p][v]);
     }
   }
 }
 
-// The last columns, fewer than a vector. dweight's rows are padded to whole vectors.
-template <typename T, int kOutputs>
-FUSED_STEP_INLINE void outer_tail(const T* x, int64_t x_stride, int64_t rows, const T* dy,
-                                  const FirstLanes<T>& lanes, bool first_tile, T* dweight,
-                                  int64_t stride) {
-  Vec<T> acc[kOutputs];
-  for (auto& a : acc) a = Vec<T>{};
-  for (int64_t row = 0; row < rows; ++row) {
-    const Vec<T> x_row = load_first(x + row * x_stride, lanes);
-    for (int p = 0; p < kOutputs; ++p) acc[p] += x_row * splat(dy[p * kMaxTileRows + row]);
-  }
-  for (int p = 0; p < kOutputs; ++p) {
-    T* out = dweight + p * stride;
-    store(out, first_tile ? acc[p] : load(out) + acc[p]);
-  }
-}
-
-// All outputs of kVecs vectors of columns (0: the tail), four outputs at a time.
-template <typename T, int kVecs>
+// All outputs of kVecs vectors of columns from i on, four outputs at a time.
+template <typename T, bool kOneOutput, int kVecs, bool kTail = false>
 FUSED_STEP_INLINE void outer_columns(const OnePassChunk<T>& a, const T* x, int64_t rows,
                                      const T* dy, int64_t i, bool first_tile) {
   const int64_t stride = partial_stride(a.I), x_stride = a.batch.x_stride;
+  const FirstLanes<T> lanes = first_lanes<T>(kTail ? a.I - i : kLanes<T>);
   T* const dweight = a.partial.dweight + i;
   int64_t o = 0;
-  if constexpr (kVecs == 0) {
-    const FirstLanes<T> lanes = first_lanes<T>(a.I - i);
+  if constexpr (!kOneOutput) {
     for (; o + 4 <= a.O; o += 4) {
-      outer_tail<T, 4>(x + i, x_stride, rows, dy + o * kMaxTileRows, lanes, first_tile,
-                       dweight + o * stride, stride);
+      outer_block<T, 4, kVecs, kTail>(x + i, x_stride, rows, dy + o * kMaxTileRows, lanes,
+                                      first_tile, dweight + o * stride, stride);
     }
-    for (; o < a.O; ++o) {
-      outer_tail<T, 1>(x + i, x_stride, rows, dy + o * kMaxTileRows, lanes, first_tile,
-                       dweight + o * stride, stride);
-    }
-  } else {
-    for (; o + 4 <= a.O; o += 4) {
-      outer_block<T, 4, kVecs>(x + i, x_stride, rows, dy + o * kMaxTileRows, first_tile,
-                               dweight + o * stride, stride);
-    }
-    for (; o < a.O; ++o) {
-      outer_block<T, 1, kVecs>(x + i, x_stride, rows, dy + o * kMaxTileRows, first_tile,
-                               dweight + o * stride, stride);
-    }
+  }
+  for (; o < a.O; ++o) {
+    outer_block<T, 1, kVecs, kTail>(x + i, x_stride, rows, dy + o * kMaxTileRows, lanes, first_tile,
+                                    dweight + o * stride, stride);
   }
 }
 
 template <typename T, bool kOneOutput>
 FUSED_STEP_INLINE void tile_outer(const OnePassChunk<T>& a, const T* x, int64_t rows, const T* dy,
                                   bool first_tile, Prefetcher& next) {
-  // Accumulators: 1 x 4 or 4 x 2 vectors, beside which x and dy find room in 16 registers.
-  constexpr int kVecs = kOneOutput ? 4 : 2;
+  // Accumulators: 1 x 8 or 4 x 2 vectors, beside which x and dy find room in 16 registers.
+  constexpr int kVecs = kOneOutput ? 8 : 2;
   const int lines = static_cast<int>(rows * kVecs * kVectorBytes / 128);
   int64_t i = 0;
   for (; i + kVecs * kLanes<T> <= a.I; i += kVecs * kLanes<T>) {
-    next.fetch(lines);
-    outer_columns<T, kVecs>(a, x, rows, dy, i, first_tile);
+    if (next.line != nullptr) next.fetch(lines);
+    outer_columns<T, kOneOutput, kVecs>(a, x, rows, dy, i, first_tile);
   }
   for (; i + kLanes<T> <= a.I; i += kLanes<T>) {
-    outer_columns<T, 1>(a, x, rows, dy, i, first_tile);
+    outer_columns<T, kOneOutput, 1>(a, x, rows, dy, i, first_tile);
   }
-  if (i < a.I) outer_columns<T, 0>(a, x, rows, dy, i, first_tile);
+  if (i < a.I) outer_columns<T, kOneOutput, 1, true>(a, x, rows, dy, i, first_tile);
 }
 
 template <typename T, bool kOneOutput>
