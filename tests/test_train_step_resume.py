@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: MIT
+"""Training saved by one loop is resumed by the other, with the same continuation."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import io
+import itertools
+
+import pytest
+import torch
+from oracle import (
+    GEMM,
+    ONE_PASS,
+    OPTION_SETS,
+    Problem,
+    assert_within_rule,
+    describe,
+    plain_step,
+    scales,
+    train_plain,
+)
+
+import fused_step
+
+SHAPES = {"one-pass": (41, 21, 6), "gemm": (45, 19, 131)}
+PLANS = {"one-pass": ONE_PASS, "gemm": GEMM}
+
+
+def train(problem, model, loss_function, optimizer, *, fused, steps=3):
+    """Some steps, by TrainStep or by the plain loop."""
+    step = functools.partial(plain_step, model, loss_function, optimizer)
+    if fused:
+        step = fused_step.TrainStep(model, loss_function, optimizer)
+    for _ in range(steps):
+        step(problem.input, problem.target)
+    if fused:
+        assert step.plan in (*ONE_PASS, *GEMM)
+
+
+def reload_by_state_dict(saved):
+    """Through bytes, into objects that have never trained."""
+    model, loss_function, optimizer, problem = saved
+    file = io.BytesIO()
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, file)
+    file.seek(0)
+    state = torch.load(file, weights_only=True)
+    fresh, _, fresh_optimizer = problem.build()
+    fresh.load_state_dict(state["model"])
+    fresh_optimizer.load_state_dict(state["optimizer"])
+    return fresh, loss_function, fresh_optimizer
+
+
+def reload_in_place(saved):
+    """Into the very objects, which have gone on training meanwhile."""
+    model, loss_function, optimizer, problem = saved
+    state = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    train(problem, model, loss_function, optimizer, fused=True, steps=2)
+    model.load_state_dict(state[0])
+    optimizer.load_state_dict(state[1])
+    return model, loss_function, optimizer
+
+
+def reload_by_deepcopy(saved):
+    model, loss_function, optimizer, _ = saved
+    return copy.deepcopy((model, loss_function, optimizer))
+
+
+@pytest.mark.parametrize(
+    "reload", [reload_by_state_dict, reload_in_place, reload_by_deepcopy], ids=lambda f: f.__name__
+)
+@pytest.mark.parametrize(
+    ("before", "after"), [("fused", "plain"), ("plain", "fused"), ("fused", "fused")]
+)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_resumed_training_continues_as_if_never_saved(shape, before, after, reload):
+    for options, dtype in itertools.product(OPTION_SETS, (torch.float32, torch.float64)):
+        problem = Problem.random(*SHAPES[shape], dtype=dtype, options=options)
+        model, loss_function, optimizer = problem.build()
+        train(problem, model, loss_function, optimizer, fused=before == "fused")
+        model, loss_function, optimizer = reload((model, loss_function, optimizer, problem))
+        train(problem, model, loss_function, optimizer, fused=after == "fused")
+        same_dtype = train_plain(problem, 6)
+        exact = train_plain(problem, 6, torch.float64)
+        scale = scales(problem, 6)
+        for name, parameter in model.named_parameters():
+            assert_within_rule(
+                f"{describe(options)} {name}",
+                parameter.detach(),
+                getattr(same_dtype, name),
+                getattr(exact, name),
+                scale[name],
+            )
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("options", OPTION_SETS, ids=describe)
+def test_state_dict_has_the_plain_loops_form(shape, options):
+    found = []
+    for fused in (True, False):
+        problem = Problem.random(*SHAPES[shape], options=options)
+        model, loss_function, optimizer = problem.build()
+        train(problem, model, loss_function, optimizer, fused=fused)
+        state = optimizer.state_dict()
+        form = {
+            key: {k: (v.dtype, v.shape, v.stride(), v.requires_grad) for k, v in entry.items()}
+            for key, entry in state["state"].items()
+        }
+        found.append((state["param_groups"], form, list(state)))
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_loading_a_state_without_momentum_starts_it_anew(shape):
+    """The buffers of before must not be taken from a cache."""
+    problem = Problem.random(*SHAPES[shape], options={"momentum": 0.9, "dampening": 0.5})
+    model, loss_function, optimizer = problem.build()
+    fresh = copy.deepcopy(optimizer.state_dict())
+    step = fused_step.TrainStep(model, loss_function, optimizer)
+    for _ in range(3):
+        step(problem.input, problem.target)
+    old = optimizer.state[model.weight]["momentum_buffer"]
+    kept = old.clone()
+    with torch.no_grad():
+        model.weight.copy_(problem.weight)
+        model.bias.copy_(problem.bias)
+    optimizer.load_state_dict(fresh)
+    for _ in range(2):
+        step(problem.input, problem.target)
+    assert torch.equal(old, kept)
+    assert_within_rule(
+        "weight",
+        model.weight.detach(),
+        train_plain(problem, 2).weight,
+        train_plain(problem, 2, torch.float64).weight,
+        scales(problem, 2)["weight"],
+    )
