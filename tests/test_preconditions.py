@@ -23,10 +23,13 @@ import numpy as np
 import pytest
 import torch
 import torch.autograd.forward_ad as forward_ad
+import torch.distributed as dist
 import torch.nn.functional as F
 from oracle import FUSED_PLANS, plain_step
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, distribute_module
 from torch.nn.modules import module as module_hooks
 from torch.nn.utils import parametrizations, parametrize, prune
 from torch.optim import optimizer as optimizer_hooks
@@ -988,6 +991,21 @@ def weight_of_a_tensor_subclass(world):
     yield
 
 
+@scenario("Parameter|ordinary", comes_back=False)
+def weight_of_a_distributed_tensor(world):
+    """A DTensor has no memory of its own: writing to its data_ptr would crash."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    mesh = init_device_mesh("cpu", (1,))
+    distribute_module(world.model, mesh)
+    world.optimizer.state.clear()
+    world.optimizer.param_groups[0]["params"] = list(world.model.parameters())
+    world.input, world.target = (DTensor.from_local(a, mesh) for a in (world.input, world.target))
+    yield
+    for name in ("input", "target"):
+        setattr(world, name, getattr(world, name).to_local())
+    dist.destroy_process_group()
+
+
 # --- data ---------------------------------------------------------------------------------------
 
 
@@ -1512,6 +1530,8 @@ def copied(value: Any) -> Any:
         return value
     if isinstance(value, Wrapper):
         return copied(value.held)
+    if isinstance(value, DTensor):
+        return copied(value.detach().to_local())
     if isinstance(value, torch._subclasses.FakeTensor) or value.is_meta:
         return (type(value), value.dtype, value.shape, value.device)
     if isinstance(value, nn.parameter.UninitializedParameter):
