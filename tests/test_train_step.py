@@ -274,6 +274,38 @@ def test_param_groups_are_read_anew_at_each_call(shape):
         assert_within_rule(name, ours, same_dtype, exact, scale[name])
 
 
+def test_learning_rate_tensor_changed_in_place_counts_at_the_next_step():
+    problem = Problem.random(37, 13, 3)
+    lr = torch.tensor(0.0)
+    model, loss_function, _ = problem.build()
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr)
+    step = fused_step.TrainStep(model, loss_function, optimizer)
+    for _ in range(3):
+        step(problem.input, problem.target)
+        assert step.plan == "one-pass"
+        assert torch.equal(model.weight, problem.weight)
+    lr.fill_(0.1)
+    step(problem.input, problem.target)
+    assert not torch.equal(model.weight, problem.weight)
+
+
+def test_keywords_of_a_partial_loss_changed_in_place_count_at_the_next_step():
+    problem = Problem.random(37, 13, 3)
+    model, _, optimizer = problem.build()
+    loss_function = functools.partial(F.mse_loss, reduction="mean")
+    step = fused_step.TrainStep(model, loss_function, optimizer)
+    optimizer.param_groups[0]["lr"] = 0.0
+    mean = [step(problem.input, problem.target) for _ in range(3)][-1]
+    loss_function.keywords["reduction"] = "sum"
+    summed = step(problem.input, problem.target)
+    assert step.plan == "one-pass"
+    torch.testing.assert_close(summed, mean * problem.target.numel())
+    loss_function.keywords["reduction"] = "none"
+    with pytest.raises(RuntimeError, match="scalar outputs"):
+        step(problem.input, problem.target)
+    assert step.plan == "plain"
+
+
 @each_plan
 def test_step_leaves_parameters_unchanged_when_lr_is_zero(shape):
     problem = Problem.random(*SHAPES[shape], options={**MOMENTUM, "lr": 0.0})
