@@ -576,18 +576,6 @@ def sgd_class_zero_grad(world):
     world.optimizer.zero_grad()
 
 
-@scenario(name="_init_group patched in class SGD")
-def class_init_group(world):
-    original = torch.optim.SGD._init_group
-
-    def noted(self, *args):
-        world.log.append("_init_group")
-        return original(self, *args)
-
-    with attribute(torch.optim.SGD, "_init_group", noted):
-        yield
-
-
 @scenario("parameters")
 def optimizer_with_an_extra_parameter(world):
     extra = nn.Parameter(torch.ones(2))

@@ -46,7 +46,6 @@ bool check_module(PyObject* module, PyObject* dict, const ModuleClass& module_cl
                   const char* name, Verdict& v, Watch& watch) {
   const Names& n = python_objects().names;
   watch.root(module, dict);
-  watch.type(module_class.type);
   const auto against = [&](bool holds, const char* what) {
     return holds && v.against(std::string(name) + what);
   };
@@ -95,6 +94,9 @@ bool check_param(const char* name, PyObject* object, at::ScalarType dtype, Verdi
   const auto against = [&](bool holds, const char* what) {
     return holds && v.against(std::string(name) + what);
   };
+  if (against(Py_TYPE(object) != python_objects().parameter, " is not an nn.Parameter itself")) {
+    return false;
+  }
   const at::Tensor& t = THPVariable_Unpack(object);
   if (against(!has_plain_keys(t), " is not an ordinary CPU tensor")) return false;
   if (against(t.scalar_type() != dtype || (dtype != at::kFloat && dtype != at::kDouble),
@@ -108,12 +110,14 @@ bool check_param(const char* name, PyObject* object, at::ScalarType dtype, Verdi
   return !against(has_grad_hooks(t, object), " has gradient hooks");
 }
 
-bool check_buffer(const at::Tensor& buf, const at::Tensor& param, Verdict& v) {
-  return !v.against(
-      buf.defined() && (!has_plain_keys(buf) || buf.scalar_type() != param.scalar_type() ||
-                        buf.sizes() != param.sizes() || !buf.is_contiguous() ||
-                        buf.requires_grad() || !has_its_storage(buf)),
-      "a momentum_buffer is not like its parameter (dtype, shape, contiguous)");
+// The momentum buffer of a parameter, if it has one yet.
+bool check_buffer(PyObject* object, const at::Tensor& param, Verdict& v, at::Tensor& buf) {
+  if (object == nullptr) return true;
+  buf = THPVariable_Unpack(object);
+  return !v.against(!THPVariable_CheckExact(object) || !has_plain_keys(buf) ||
+                        buf.scalar_type() != param.scalar_type() || buf.sizes() != param.sizes() ||
+                        !buf.is_contiguous() || buf.requires_grad() || !has_its_storage(buf),
+                    "a momentum_buffer is not like its parameter (dtype, shape, contiguous)");
 }
 
 bool check_data(const char* name, const at::Tensor& t, at::ScalarType dtype, Verdict& v) {
@@ -157,6 +161,12 @@ bool has_suffix_shape(const at::Tensor& input, const at::Tensor& target, int64_t
 bool LinearStep::read_model(Verdict& v, Reading& reading) {
   const PythonObjects& o = python_objects();
   const Names& n = o.names;
+  watch_.dict(o.functional);
+  if (v.against(get_item(o.functional, n.linear) != o.linear_function ||
+                    get_item(o.functional, n.mse_loss) != o.mse_loss_function,
+                "F.linear or F.mse_loss has been replaced")) {
+    return false;
+  }
   PyObject* linear = model_.ptr();
   if (Py_TYPE(linear) == o.sequential.type) {
     const py::object dict = dict_of(linear);
@@ -187,9 +197,9 @@ bool LinearStep::read_model(Verdict& v, Reading& reading) {
   // An attribute of the same name in __dict__ hides the parameter (pruning, FSDP).
   const bool hidden =
       get_item(dict.ptr(), n.weight) != nullptr || get_item(dict.ptr(), n.bias) != nullptr;
-  if (weight == nullptr || bias == nullptr || hidden || Py_TYPE(weight) != o.parameter ||
-      (bias != Py_None && Py_TYPE(bias) != o.parameter)) {
-    v.against(true, "the layer's weight and bias are not nn.Parameters of its own");
+  if (weight == nullptr || bias == nullptr || hidden || !THPVariable_Check(weight) ||
+      (bias != Py_None && !THPVariable_Check(bias))) {
+    v.against(true, "the layer's weight and bias are not Parameters of its own");
     return false;
   }
   reading.sgd.weight.object = weight;
@@ -239,7 +249,8 @@ bool LinearStep::read_loss(Verdict& v, Reading& reading) {
   return true;
 }
 
-// The model, the loss and the optimizer; from memory where none of them has changed.
+// The model, the loss and the optimizer; from memory where none of them has changed. False when
+// there is no layer to look at further, or no need.
 bool LinearStep::read_objects(Verdict& v, Reading& reading) {
   if (!v.explains() && watch_.unchanged()) {
     reading = kept_;
@@ -249,17 +260,16 @@ bool LinearStep::read_objects(Verdict& v, Reading& reading) {
   const bool model = read_model(v, reading);
   const bool loss = (model || v.explains()) && read_loss(v, reading);
   // Without a layer only the kind of optimizer can still be said.
-  const bool optimizer = (model && loss) || v.explains()
-                             ? (model || Py_TYPE(optimizer_.ptr()) != python_objects().sgd) &&
-                                   sgd_reader_.read(optimizer_.ptr(), v, watch_, reading.sgd)
-                             : false;
+  const bool has_groups = model || Py_TYPE(optimizer_.ptr()) != python_objects().sgd;
+  const bool optimizer = (loss || v.explains()) && has_groups &&
+                         sgd_reader_.read(optimizer_.ptr(), v, watch_, reading.sgd);
   const bool complete = model && loss && optimizer && v.applies();
   if (complete && reading.sgd.may_be_kept) {
     kept_ = reading;
   } else {
     watch_.clear();
   }
-  return model && loss && optimizer;
+  return complete || (v.explains() && model);
 }
 
 bool LinearStep::check_params(Verdict& v, Call& call) {
@@ -271,16 +281,15 @@ bool LinearStep::check_params(Verdict& v, Call& call) {
   if (s.weight.dim() != 2) return !v.against(true, "weight is not [O, I]");
   s.weight_options = weight.options;
   s.reduction = call.reading.reduction;
-  if (weight.buf != nullptr) s.weight_buf = THPVariable_Unpack(weight.buf);
-  if (bias.object == nullptr) return check_buffer(s.weight_buf, s.weight, v);
+  if (!check_buffer(weight.buf, s.weight, v, s.weight_buf)) return false;
+  if (bias.object == nullptr) return true;
   s.bias = THPVariable_Unpack(bias.object);
   if (!check_param("bias", bias.object, dtype, v)) return false;
   if (s.bias.dim() != 1 || s.bias.size(0) != s.weight.size(0)) {
     return !v.against(true, "bias is not [O]");
   }
   s.bias_options = bias.options;
-  if (bias.buf != nullptr) s.bias_buf = THPVariable_Unpack(bias.buf);
-  return check_buffer(s.weight_buf, s.weight, v) && check_buffer(s.bias_buf, s.bias, v);
+  return check_buffer(bias.buf, s.bias, v, s.bias_buf);
 }
 
 bool LinearStep::check_batch(PyObject* input, PyObject* target, Verdict& v, Call& call) {

@@ -42,6 +42,7 @@ Names make_names() {
           interned("found_inf"),
           interned("_opt_called"),
           interned("momentum_buffer"),
+          interned("defaults"),
           interned("params"),
           interned("lr"),
           interned("momentum"),
@@ -49,7 +50,9 @@ Names make_names() {
           interned("weight_decay"),
           interned("nesterov"),
           interned("maximize"),
-          interned("differentiable")};
+          interned("differentiable"),
+          interned("linear"),
+          interned("mse_loss")};
 }
 
 // Lives as long as the process: the references below are never given back.
@@ -83,6 +86,8 @@ PythonObjects import_objects() {
   o.parameter = keep_type(nn.attr("Parameter"));
   o.partial = keep_type(py::module_::import("functools").attr("partial"));
   o.sgd_zero_grad = class_attribute(o.sgd, o.names.zero_grad);
+  o.functional = keep(functional.attr("__dict__"));
+  o.linear_function = keep(functional.attr("linear"));
   o.mse_loss_function = keep(functional.attr("mse_loss"));
   o.global_module_hooks[0] = keep(module.attr("_global_forward_hooks"));
   o.global_module_hooks[1] = keep(module.attr("_global_forward_pre_hooks"));

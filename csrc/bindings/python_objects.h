@@ -13,9 +13,9 @@ struct Names {
   PyObject *forward_hooks, *forward_pre_hooks, *backward_hooks, *backward_pre_hooks;
   PyObject *parameters, *modules, *weight, *bias, *reduction, *mean, *sum;
   PyObject *param_groups, *state, *step, *zero_grad, *step_pre_hooks, *step_post_hooks;
-  PyObject *grad_scale, *found_inf, *opt_called, *momentum_buffer;
+  PyObject *grad_scale, *found_inf, *opt_called, *momentum_buffer, *defaults;
   PyObject *params, *lr, *momentum, *dampening, *weight_decay, *nesterov, *maximize;
-  PyObject* differentiable;
+  PyObject *differentiable, *linear, *mse_loss;
 };
 
 // A module class and the methods that a call of it goes through, as they were at import.
@@ -31,7 +31,9 @@ struct PythonObjects {
   Names names;
   ModuleClass linear, sequential, mse_loss;
   PyTypeObject *sgd, *parameter, *partial;
-  PyObject *sgd_zero_grad, *mse_loss_function;
+  PyObject* sgd_zero_grad;
+  // torch.nn.functional's dictionary, and its functions as they were at import.
+  PyObject *functional, *linear_function, *mse_loss_function;
   // Dictionaries of hooks that hold for all modules, or for all optimizers.
   PyObject *global_module_hooks[4], *global_optimizer_hooks[2];
   // bool is_stock_sgd_step(function): see fused_step/_stock.py.

@@ -70,9 +70,11 @@ bool read_buffer(PyObject* state, PyObject* param, const Names& n, Watch& watch,
   }
   if (!PyDict_Check(entry)) return false;
   watch.dict(entry);
-  buf = get_item(entry, n.momentum_buffer);
-  if (buf == Py_None) buf = nullptr;
-  return buf == nullptr || THPVariable_CheckExact(buf);
+  PyObject* const object = get_item(entry, n.momentum_buffer);
+  if (object == nullptr || object == Py_None) return true;
+  if (!THPVariable_CheckExact(object)) return false;
+  buf = object;
+  return true;
 }
 
 }  // namespace
@@ -91,7 +93,6 @@ bool SgdReader::check_step(PyObject* optimizer, PyObject* dict, Verdict& v, Watc
   const PythonObjects& o = python_objects();
   const Names& n = o.names;
   PyTypeObject* const type = Py_TYPE(optimizer);
-  watch.type(type);
   if (v.against(!is_stock_step(_PyType_Lookup(type, n.step), class_step_) ||
                     _PyType_Lookup(type, n.zero_grad) != o.sgd_zero_grad,
                 "SGD's step or zero_grad has been replaced")) {
@@ -102,6 +103,14 @@ bool SgdReader::check_step(PyObject* optimizer, PyObject* dict, Verdict& v, Watc
   if (v.against((step != nullptr && !is_stock_step(step, instance_step_)) ||
                     get_item(dict, n.zero_grad) != nullptr,
                 "the optimizer's step or zero_grad has been replaced on the instance")) {
+    return false;
+  }
+  // step() runs with gradients on where the defaults, not the groups, say so.
+  PyObject* const defaults = get_item(dict, n.defaults);
+  watch.dict(defaults);
+  if (v.against(defaults == nullptr || !PyDict_Check(defaults) ||
+                    get_item(defaults, n.differentiable) != Py_False,
+                "the optimizer's defaults say differentiable")) {
     return false;
   }
   for (PyObject* name : {n.step_pre_hooks, n.step_post_hooks}) {

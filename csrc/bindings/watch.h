@@ -19,13 +19,12 @@ class Watch {
  public:
   void clear() { entries_.clear(); }
 
-  // `object`, which outlives the watch, with its __dict__.
+  // `object`, which is alive as long as the entries above hold, with its class and its __dict__.
   void root(PyObject* object, PyObject* dict) {
-    entries_.push_back({Kind::kRoot, object, dict, dict_version(dict)});
-  }
-  void type(PyTypeObject* type) {
-    entries_.push_back({Kind::kType, nullptr, reinterpret_cast<PyObject*>(type),
+    PyTypeObject* const type = Py_TYPE(object);
+    entries_.push_back({Kind::kType, object, reinterpret_cast<PyObject*>(type),
                         static_cast<uint64_t>(type->tp_version_tag)});
+    entries_.push_back({Kind::kRoot, object, dict, dict_version(dict)});
   }
   // `dict` may be null or no dictionary: then the entry above it says all.
   void dict(PyObject* dict) {
@@ -70,7 +69,8 @@ class Watch {
           return dict == object && dict_version(dict) == number && number != 0;
         }
         case Kind::kType:
-          return reinterpret_cast<PyTypeObject*>(object)->tp_version_tag == number && number != 0;
+          return reinterpret_cast<PyObject*>(Py_TYPE(owner)) == object &&
+                 Py_TYPE(owner)->tp_version_tag == number && number != 0;
         case Kind::kListSize:
           return PyList_GET_SIZE(owner) == static_cast<Py_ssize_t>(number);
         case Kind::kListItem:

@@ -43,70 +43,22 @@ void residual_chunk(const ResidualChunk<T>& a) {
   if (o < a.O) residual_columns(a, o, first_lanes<T>(a.O - o), false);
 }
 
-// Elementwise passes: `Rule` takes p, grad and buf of one element or vector and changes p and buf.
-template <typename T, typename Rule>
-FUSED_STEP_INLINE void for_each_element(const SgdPass<T>& a, bool reads_buf, bool writes_buf,
-                                        const Rule& rule) {
-  int64_t k = 0;
-  for (; k + kLanes<T> <= a.n; k += kLanes<T>) {
-    Vec<T> p = load(a.param + k), buf{};
-    const Vec<T> grad = a.grad != nullptr ? load(a.grad + k) : Vec<T>{};
-    if (reads_buf) buf = load(a.buf + k);
-    rule(p, grad, buf);
-    store(a.param + k, p);
-    if (writes_buf) store(a.buf + k, buf);
-  }
-  for (; k < a.n; ++k) {
-    T p = a.param[k], buf = reads_buf ? a.buf[k] : T(0);
-    rule(p, a.grad != nullptr ? a.grad[k] : T(0), buf);
-    a.param[k] = p;
-    if (writes_buf) a.buf[k] = buf;
-  }
-}
-
-template <typename T>
-struct SgdRule {
-  SgdCoefficients<T> c;
-  template <typename V>
-  FUSED_STEP_INLINE void operator()(V& p, const V& grad, V& buf) const {
-    p = sgd_update(p, grad, buf, c);
-  }
-};
-
 template <typename T>
 void sgd(const SgdPass<T>& a) {
-  const SgdRule<T> rule{sgd_coefficients<T>(a.options)};
-  for_each_element(a, rule.c.has_momentum && !rule.c.first_step, rule.c.has_momentum, rule);
-}
-
-template <typename T>
-struct BeforeGemmRule {
-  SgdCoefficients<T> c;
-  template <typename V>
-  FUSED_STEP_INLINE void operator()(V& p, const V&, V& buf) const {
-    fused_step::momentum_before_gemm(p, buf, c);
+  const SgdCoefficients<T> c = sgd_coefficients<T>(a.options);
+  const bool reads_buf = c.has_momentum && !c.first_step;
+  int64_t k = 0;
+  for (; k + kLanes<T> <= a.n; k += kLanes<T>) {
+    Vec<T> buf{};
+    if (reads_buf) buf = load(a.buf + k);
+    store(a.param + k, sgd_update(load(a.param + k), load(a.grad + k), buf, c));
+    if (c.has_momentum) store(a.buf + k, buf);
   }
-};
-
-template <typename T>
-void momentum_before_gemm(const SgdPass<T>& a) {
-  const BeforeGemmRule<T> rule{sgd_coefficients<T>(a.options)};
-  for_each_element(a, !rule.c.first_step, true, rule);
-}
-
-template <typename T>
-struct AfterGemmRule {
-  SgdCoefficients<T> c;
-  template <typename V>
-  FUSED_STEP_INLINE void operator()(V& p, const V&, V& buf) const {
-    p = fused_step::momentum_after_gemm(p, buf, c);
+  for (; k < a.n; ++k) {
+    T buf = reads_buf ? a.buf[k] : T(0);
+    a.param[k] = sgd_update(a.param[k], a.grad[k], buf, c);
+    if (c.has_momentum) a.buf[k] = buf;
   }
-};
-
-template <typename T>
-void momentum_after_gemm(const SgdPass<T>& a) {
-  const AfterGemmRule<T> rule{sgd_coefficients<T>(a.options)};
-  for_each_element(a, true, false, rule);
 }
 
 }  // namespace FUSED_STEP_ISA

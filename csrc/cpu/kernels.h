@@ -95,7 +95,7 @@ struct ResidualChunk {
 template <typename T>
 struct SgdPass {
   T* param;       // [n]
-  const T* grad;  // [n]; unused by the passes around a GEMM
+  const T* grad;  // [n]
   T* buf;         // [n]
   int64_t n;
   SgdOptions options;
@@ -110,8 +110,6 @@ struct Kernels {
   void (*serial_steps)(const SerialSteps<T>&);
   void (*residual_chunk)(const ResidualChunk<T>&);
   void (*sgd)(const SgdPass<T>&);
-  void (*momentum_before_gemm)(const SgdPass<T>&);
-  void (*momentum_after_gemm)(const SgdPass<T>&);
 };
 
 // The instruction sets in this binary, widest last, and the one in use: the widest that the

@@ -34,6 +34,10 @@ constexpr int64_t kMaxSerialWork = 512 * 1024;
 // Elements per task of an elementwise pass.
 constexpr int64_t kElementwiseGrain = 32 * 1024;
 
+// The gemm plan makes dW in panels of whole outputs, this large for each thread, and uses each up
+// before the next is made: no buffer of W's size, and the panel is still in cache for the update.
+constexpr int64_t kGradPanelBytesPerThread = 512 * 1024;
+
 enum class Plan : int8_t { kNone, kOnePass, kGemm };
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -66,6 +70,12 @@ inline Plan choose_plan(const LinearShape& s, int64_t element_bytes) {
   if (kMinTileRows * s.I * element_bytes > kMaxTileBytes) return Plan::kGemm;
   const bool threads_idle = one_pass_chunks(s) < kMinParallelChunks;
   return threads_idle && s.B * s.I * s.O > kMaxSerialWork ? Plan::kGemm : Plan::kOnePass;
+}
+
+// Outputs per panel of dW.
+inline int64_t grad_panel_outputs(int64_t I, int64_t element_bytes, int64_t threads) {
+  const int64_t row_bytes = std::max<int64_t>(1, I * element_bytes);
+  return std::max<int64_t>(1, threads * kGradPanelBytesPerThread / row_bytes);
 }
 
 inline int64_t residual_chunks(int64_t B, int64_t O) {
