@@ -9,12 +9,7 @@ BENCH_ARGS ?=
 
 BIN := $(VENV)/bin
 CSRC := $(shell find csrc -type f)
-CPP_TESTS := $(wildcard tests/cpp/*.cpp)
-CPP_HEADERS := $(wildcard tests/cpp/*.h)
 CPP_FORMATTED := $(shell find csrc tests benchmarks -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
-# ASan for memory, UBSan for arithmetic; the first finding ends the run.
-SANITIZE_FLAGS := -std=c++20 -O1 -g -fno-omit-frame-pointer -Wall -Wextra -Wno-psabi -Icsrc \
-	-fsanitize=address,undefined -fno-sanitize-recover=all
 
 .PHONY: help demo test lint format sanitize bench build clean
 .DELETE_ON_ERROR:
@@ -41,12 +36,7 @@ format: $(VENV)/.lint  ## bring all sources into that style
 	$(BIN)/clang-format -i $(CPP_FORMATTED)
 
 sanitize:  ## run the torch-free C++ tests under ASan and UBSan
-ifeq ($(CPP_TESTS),)
-	@echo "sanitize: there are no C++ tests in tests/cpp"
-else
-sanitize: build/sanitize/tests
-	build/sanitize/tests
-endif
+	@$(MAKE) --no-print-directory -f tests/cpp/Makefile -j$(or $(MAX_JOBS),2)
 
 bench: $(VENV)/.bench build  ## measure (BENCH_ARGS="..." goes to the script)
 	$(BIN)/python benchmarks/bench_cpu.py $(BENCH_ARGS)
@@ -73,7 +63,3 @@ $(VENV)/.built: $(VENV)/.build setup.py pyproject.toml $(CSRC)
 	@command -v c++ > /dev/null || { echo "fused_step needs a C++20 compiler (c++)" >&2; exit 1; }
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .
 	@touch $@
-
-build/sanitize/tests: $(CPP_TESTS) $(CPP_HEADERS) $(CSRC)
-	@mkdir -p $(@D)
-	$(CXX) $(SANITIZE_FLAGS) $(CPP_TESTS) $(wildcard csrc/cpu/*.cpp) -o $@
