@@ -3,44 +3,54 @@
 
 namespace FUSED_STEP_ISA {
 
-// Columns [o, o + one vector), or its first lanes: residuals, loss and the bias' sums. Rows are
-// summed 64 at a time and then in double, so that the error does not grow with the batch.
-template <typename T>
-FUSED_STEP_INLINE void residual_columns(const ResidualChunk<T>& a, int64_t o,
-                                        const FirstLanes<T>& lanes, bool whole) {
-  constexpr int64_t kRows = 64;
-  const T dy_scale = static_cast<T>(a.dy_scale);
-  Vec<T> bias{};
-  if (a.bias != nullptr) bias = whole ? load(a.bias + o) : load_first(a.bias + o, lanes);
-  for (int64_t row = 0; row < a.rows; row += kRows) {
-    const int64_t end = std::min(row + kRows, a.rows);
-    Vec<T> loss{}, dbias{};
-    for (int64_t k = row; k < end; ++k) {
-      T* const y = a.y + k * a.O + o;
-      const T* const t = a.target + k * a.target_stride + o;
-      const Vec<T> r = whole ? mse_residual(load(y), bias, load(t))
-                             : mse_residual(load_first(y, lanes), bias, load_first(t, lanes));
-      const Vec<T> dy = mse_dy(r, dy_scale);
-      loss += mse_term(r);
-      dbias += dy;
-      whole ? store(y, dy) : store_first(y, dy, lanes);
+// kRows rows at columns [o, o + one vector), or its first lanes: residuals, loss, the bias' sums.
+template <typename T, int kRows, bool kTail>
+FUSED_STEP_INLINE void residual_block(const ResidualChunk<T>& a, int64_t row, int64_t o,
+                                      const FirstLanes<T>& lanes, WideVec<T>& loss) {
+  Vec<T> bias{}, dbias{}, terms{};
+  if (a.bias != nullptr) bias = kTail ? load_first(a.bias + o, lanes) : load(a.bias + o);
+  for (int k = 0; k < kRows; ++k) {
+    T* const y = a.y + (row + k) * a.O + o;
+    const T* const t = a.target + (row + k) * a.target_stride + o;
+    const Vec<T> r = kTail ? mse_residual(load_first(y, lanes), bias, load_first(t, lanes))
+                           : mse_residual(load(y), bias, load(t));
+    const Vec<T> dy = mse_dy(r, static_cast<T>(a.dy_scale));
+    terms += mse_term(r);
+    dbias += dy;
+    if constexpr (kTail) {
+      store_first(y, dy, lanes);
+    } else {
+      store(y, dy);
     }
-    *a.loss += static_cast<double>(lane_sum<T>(loss));
-    T sums[kLanes<T>];
-    store(sums, dbias);
-    for (int k = 0; k < lanes.n; ++k) a.dbias[o + k] += static_cast<double>(sums[k]);
   }
+  loss += widened<T>(terms);
+  if constexpr (kTail) {
+    for (int k = 0; k < lanes.n; ++k) a.dbias[o + k] += static_cast<double>(dbias[k]);
+  } else {
+    add_widened<T>(a.dbias + o, dbias);
+  }
+}
+
+// Rows one after the other, as the prefetcher likes them; sums go into double every kRows rows, so
+// that their error does not grow with the sizes.
+template <typename T, int kRows>
+FUSED_STEP_INLINE void residual_rows(const ResidualChunk<T>& a, int64_t row) {
+  WideVec<T> loss{};
+  int64_t o = 0;
+  for (; o + kLanes<T> <= a.O; o += kLanes<T>) {
+    residual_block<T, kRows, false>(a, row, o, first_lanes<T>(kLanes<T>), loss);
+  }
+  if (o < a.O) residual_block<T, kRows, true>(a, row, o, first_lanes<T>(a.O - o), loss);
+  for (int k = 0; k < kLanes<T>; ++k) *a.loss += loss[k];
 }
 
 template <typename T>
 void residual_chunk(const ResidualChunk<T>& a) {
   *a.loss = 0.0;
   for (int64_t o = 0; o < a.O; ++o) a.dbias[o] = 0.0;
-  int64_t o = 0;
-  for (; o + kLanes<T> <= a.O; o += kLanes<T>) {
-    residual_columns(a, o, first_lanes<T>(kLanes<T>), true);
-  }
-  if (o < a.O) residual_columns(a, o, first_lanes<T>(a.O - o), false);
+  int64_t row = 0;
+  for (; row + 4 <= a.rows; row += 4) residual_rows<T, 4>(a, row);
+  for (; row < a.rows; ++row) residual_rows<T, 1>(a, row);
 }
 
 template <typename T>

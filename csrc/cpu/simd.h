@@ -178,4 +178,26 @@ FUSED_STEP_INLINE T lane_sum(Vec<T> v) {
   return v[0];
 }
 
+// The lanes of v in double.
+template <typename T>
+struct WideOf {
+  typedef double type __attribute__((vector_size(kLanes<T> * sizeof(double))));
+};
+template <typename T>
+using WideVec = typename WideOf<T>::type;
+
+template <typename T>
+FUSED_STEP_INLINE WideVec<T> widened(const Vec<T>& v) {
+  return __builtin_convertvector(v, WideVec<T>);
+}
+
+// sums[k] += v[k].
+template <typename T>
+FUSED_STEP_INLINE void add_widened(double* sums, const Vec<T>& v) {
+  WideVec<T> wide;
+  __builtin_memcpy(&wide, sums, sizeof(wide));
+  wide += widened<T>(v);
+  __builtin_memcpy(sums, &wide, sizeof(wide));
+}
+
 }  // namespace FUSED_STEP_ISA
