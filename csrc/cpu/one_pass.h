@@ -4,16 +4,6 @@
 
 namespace FUSED_STEP_ISA {
 
-// Walks the cache lines of the tile that comes next. Prefetching past the end of x is harmless.
-struct Prefetcher {
-  const char* line;  // null: nothing to prefetch
-
-  FUSED_STEP_INLINE void fetch(int lines) {
-    for (int k = 0; k < lines; ++k) __builtin_prefetch(line + 64 * k);
-    line += 64 * lines;
-  }
-};
-
 // How many rows and outputs one block of dot products has: as many accumulators as a vector has
 // lanes, so that transpose_sum gives all sums as one vector.
 template <typename T, bool kOneOutput>
@@ -59,21 +49,18 @@ FUSED_STEP_INLINE void add_products(const X& x, const W& weight, int64_t i,
 
 // Dot products of the block's rows with its rows of W; lane p * kRows + row. In a ragged block the
 // lanes of missing rows and outputs are of no use.
-template <typename T, bool kOneOutput, bool kRagged, bool kPrefetch>
+template <typename T, bool kOneOutput, bool kRagged>
 FUSED_STEP_INLINE Vec<T> dot_block(const T* x,  // [rows, I]
                                    int64_t x_stride, int rows,
                                    const T* weight,  // [outputs, I]
-                                   int outputs, int64_t I, Prefetcher& next) {
+                                   int outputs, int64_t I) {
   constexpr int kRows = kDotRows<T, kOneOutput>, kOutputs = kDotOutputs<T, kOneOutput>;
-  // Half of the lines that this block reads; the other half is left to the dW phase.
-  constexpr int kLines = kRows * kVectorBytes / 128 > 0 ? kRows * kVectorBytes / 128 : 1;
   const BlockRows<T, kRows, kRagged> x_rows(x, x_stride, rows);
   const BlockRows<T, kOutputs, kRagged> w_rows(weight, I, outputs);
   Vec<T> acc[kLanes<T>];
   for (auto& a : acc) a = Vec<T>{};
   int64_t i = 0;
   for (; i + kLanes<T> <= I; i += kLanes<T>) {
-    if constexpr (kPrefetch) next.fetch(kLines);
     add_products<T, kOneOutput, false>(x_rows, w_rows, i, FirstLanes<T>{}, acc);
   }
   if (i < I) add_products<T, kOneOutput, true>(x_rows, w_rows, i, first_lanes<T>(I - i), acc);
@@ -99,24 +86,20 @@ FUSED_STEP_INLINE void store_sums(const Vec<T>& sums, int outputs,
 // products[o * kMaxTileRows + row] = x_row . W_o.
 template <typename T, bool kOneOutput>
 FUSED_STEP_INLINE void tile_products(const OnePassChunk<T>& a, const T* x, int64_t rows,
-                                     Prefetcher& next, T* products) {
+                                     T* products) {
   constexpr int kRows = kDotRows<T, kOneOutput>, kOutputs = kDotOutputs<T, kOneOutput>;
-  const int64_t x_stride = a.batch.x_stride, I = a.I;
+  const int64_t x_stride = a.batch.x_stride;
   for (int64_t row = 0; row < rows; row += kRows) {
     const T* const block = x + row * x_stride;
     const int n = static_cast<int>(std::min<int64_t>(kRows, rows - row));
     for (int64_t o = 0; o < a.O; o += kOutputs) {
-      const T* const weight = a.weight + o * I;
+      const T* const weight = a.weight + o * a.I;
       const int outputs = static_cast<int>(std::min<int64_t>(kOutputs, a.O - o));
-      Vec<T> sums;
-      if (n < kRows || outputs < kOutputs) {
-        sums = dot_block<T, kOneOutput, true, false>(block, x_stride, n, weight, outputs, I, next);
-      } else if (o == 0 && next.line != nullptr) {
-        sums = dot_block<T, kOneOutput, false, true>(block, x_stride, n, weight, outputs, I, next);
-      } else {
-        sums = dot_block<T, kOneOutput, false, false>(block, x_stride, n, weight, outputs, I, next);
-      }
-      store_sums<T, kOneOutput>(sums, outputs, products + o * kMaxTileRows + row);
+      const bool ragged = n < kRows || outputs < kOutputs;
+      store_sums<T, kOneOutput>(
+          ragged ? dot_block<T, kOneOutput, true>(block, x_stride, n, weight, outputs, a.I)
+                 : dot_block<T, kOneOutput, false>(block, x_stride, n, weight, outputs, a.I),
+          outputs, products + o * kMaxTileRows + row);
     }
   }
 }
@@ -155,9 +138,10 @@ constexpr int kRowSplit = kOutputs * kVecs >= 8 ? 1 : (kOutputs * kVecs >= 4 ? 2
 
 // dW[kOutputs, kVecs vectors] (+)= dy^T x over the rows of a tile; the tile is summed first and
 // then added, which bounds the error by rows/tile + tile rather than by rows. `kTail`: the one
-// vector has only the first lanes of x; dweight's rows are padded to whole vectors.
+// vector has only the first lanes of x; dweight's rows are padded to whole vectors. `prefetch`, if
+// not null: one line of each row of the next tile.
 template <typename T, int kOutputs, int kVecs, bool kTail>
-FUSED_STEP_INLINE void outer_block(const T* x, int64_t x_stride, int64_t rows,
+FUSED_STEP_INLINE void outer_block(const T* x, int64_t x_stride, int64_t rows, const T* prefetch,
                                    const T* dy,  // [kOutputs, kMaxTileRows]
                                    const FirstLanes<T>& lanes, bool first_tile,
                                    T* dweight,  // [kOutputs, stride]
@@ -181,6 +165,14 @@ FUSED_STEP_INLINE void outer_block(const T* x, int64_t x_stride, int64_t rows,
     }
   };
   int64_t row = 0;
+  if (prefetch != nullptr) {
+    for (; row + kSplit <= rows; row += kSplit) {
+      for (int k = 0; k < kSplit; ++k) {
+        __builtin_prefetch(prefetch + (row + k) * x_stride);
+        add_row(row + k, acc[k]);
+      }
+    }
+  }
   for (; row + kSplit <= rows; row += kSplit) {
     for (int k = 0; k < kSplit; ++k) add_row(row + k, acc[k]);
   }
@@ -197,53 +189,60 @@ FUSED_STEP_INLINE void outer_block(const T* x, int64_t x_stride, int64_t rows,
 // All outputs of kVecs vectors of columns from i on, four outputs at a time.
 template <typename T, bool kOneOutput, int kVecs, bool kTail = false>
 FUSED_STEP_INLINE void outer_columns(const OnePassChunk<T>& a, const T* x, int64_t rows,
-                                     const T* dy, int64_t i, bool first_tile) {
+                                     const T* prefetch, const T* dy, int64_t i, bool first_tile) {
   const int64_t stride = partial_stride(a.I), x_stride = a.batch.x_stride;
   const FirstLanes<T> lanes = first_lanes<T>(kTail ? a.I - i : kLanes<T>);
   T* const dweight = a.partial.dweight + i;
   int64_t o = 0;
   if constexpr (!kOneOutput) {
     for (; o + 4 <= a.O; o += 4) {
-      outer_block<T, 4, kVecs, kTail>(x + i, x_stride, rows, dy + o * kMaxTileRows, lanes,
-                                      first_tile, dweight + o * stride, stride);
+      outer_block<T, 4, kVecs, kTail>(x + i, x_stride, rows, o == 0 ? prefetch : nullptr,
+                                      dy + o * kMaxTileRows, lanes, first_tile,
+                                      dweight + o * stride, stride);
     }
   }
   for (; o < a.O; ++o) {
-    outer_block<T, 1, kVecs, kTail>(x + i, x_stride, rows, dy + o * kMaxTileRows, lanes, first_tile,
-                                    dweight + o * stride, stride);
+    outer_block<T, 1, kVecs, kTail>(x + i, x_stride, rows, o == 0 ? prefetch : nullptr,
+                                    dy + o * kMaxTileRows, lanes, first_tile, dweight + o * stride,
+                                    stride);
   }
 }
 
+// `next`, if not null, is the tile after this one. Each block of columns prefetches one line of
+// each of its rows, from the first on. With one output these are a quarter of the tile, about what
+// memory delivers during this phase; the y phase then runs at the speed of memory by itself.
 template <typename T, bool kOneOutput>
-FUSED_STEP_INLINE void tile_outer(const OnePassChunk<T>& a, const T* x, int64_t rows, const T* dy,
-                                  bool first_tile, Prefetcher& next) {
+FUSED_STEP_INLINE void tile_outer(const OnePassChunk<T>& a, const T* x, int64_t rows, const T* next,
+                                  const T* dy, bool first_tile) {
   // Accumulators: 1 x 8 or 4 x 2 vectors, beside which x and dy find room in 16 registers.
   constexpr int kVecs = kOneOutput ? 8 : 2;
-  const int lines = static_cast<int>(rows * kVecs * kVectorBytes / 128);
+  constexpr int64_t kLine = 64 / static_cast<int64_t>(sizeof(T));
   int64_t i = 0;
   for (; i + kVecs * kLanes<T> <= a.I; i += kVecs * kLanes<T>) {
-    if (next.line != nullptr) next.fetch(lines);
-    outer_columns<T, kOneOutput, kVecs>(a, x, rows, dy, i, first_tile);
+    outer_columns<T, kOneOutput, kVecs>(a, x, rows, next, dy, i, first_tile);
+    if (next != nullptr) next += kLine;
   }
   for (; i + kLanes<T> <= a.I; i += kLanes<T>) {
-    outer_columns<T, kOneOutput, 1>(a, x, rows, dy, i, first_tile);
+    outer_columns<T, kOneOutput, 1>(a, x, rows, nullptr, dy, i, first_tile);
   }
-  if (i < a.I) outer_columns<T, kOneOutput, 1, true>(a, x, rows, dy, i, first_tile);
+  if (i < a.I) outer_columns<T, kOneOutput, 1, true>(a, x, rows, nullptr, dy, i, first_tile);
 }
 
 template <typename T, bool kOneOutput>
 FUSED_STEP_INLINE void one_pass_tiles(const OnePassChunk<T>& a) {
   const int64_t tile = tile_rows(a.I, sizeof(T));
   const Rows<T>& b = a.batch;
-  const bool prefetch = b.rows * a.I * static_cast<int64_t>(sizeof(T)) >= kPrefetchMinBytes;
+  const bool prefetch = a.O <= kPrefetchMaxOutputs &&
+                        b.rows * a.I * static_cast<int64_t>(sizeof(T)) >= kPrefetchMinBytes;
   alignas(64) T dy[(kOneOutput ? 1 : kMaxOnePassOutputs) * kMaxTileRows];
   for (int64_t row = 0; row < b.rows; row += tile) {
     const int64_t n = std::min(tile, b.rows - row);
-    const T* x = b.x + row * b.x_stride;
-    Prefetcher next{prefetch ? reinterpret_cast<const char*>(x + n * b.x_stride) : nullptr};
-    tile_products<T, kOneOutput>(a, x, n, next, dy);
+    const T* const x = b.x + row * b.x_stride;
+    // Past the chunk's end it is the first tile of the next chunk, or nobody's: harmless.
+    const T* const next = prefetch ? x + n * b.x_stride : nullptr;
+    tile_products<T, kOneOutput>(a, x, n, dy);
     tile_residuals(a, b.target + row * b.target_stride, n, dy);
-    tile_outer<T, kOneOutput>(a, x, n, dy, row == 0, next);
+    tile_outer<T, kOneOutput>(a, x, n, next, dy, row == 0);
   }
 }
 

@@ -19,9 +19,10 @@ constexpr int64_t kTileBytes = 16 * 1024;
 // that tile leaves a 256 KiB share of L2 and 4 rows are used, above 64 KiB there is no tile.
 constexpr int64_t kMinTileRows = 4;
 constexpr int64_t kMaxTileBytes = 256 * 1024;
-// A chunk of at least this size comes from L3 or memory: prefetch the next tile by software, since
-// the hardware prefetcher stops at each 4 KiB page.
+// A chunk of at least this size comes from L3 or memory: the dW phase, which reads cache alone,
+// prefetches the next tile. With more outputs than this it is bound by arithmetic, not by memory.
 constexpr int64_t kPrefetchMinBytes = 192 * 1024;
+constexpr int64_t kPrefetchMaxOutputs = 8;
 
 // A parallel region costs 2-5 us, which is the time of about 32 k multiply-adds.
 constexpr int64_t kMinChunkWork = 32 * 1024;
