@@ -28,7 +28,7 @@ void on_fault(int signal) {
   std::raise(signal);
 }
 void print_description_at_the_end() {
-  for (const int signal : {SIGSEGV, SIGBUS, SIGILL}) std::signal(signal, on_fault);
+  for (const int signal : {SIGSEGV, SIGBUS, SIGILL, SIGABRT}) std::signal(signal, on_fault);
 }
 #endif
 

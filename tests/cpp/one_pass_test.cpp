@@ -129,7 +129,6 @@ void test_error_of_many_rows(int64_t O) {
   const Rows<T> data{x.data(), target.data(), I, O, rows};
   const Sizes s{rows, I, O, 0};
   Layer<T> layer(s, kNoOptions, kNoOptions);
-  layer.weight.fill(T(0.31));
   layer.has_bias = false;
   const ReferenceSums<T> want =
       reference_sums<T>(data, I, O, exact(layer.weight), {}, Bounded<T>(0.5L),
@@ -145,7 +144,7 @@ void test_error_of_many_rows(int64_t O) {
 }  // namespace
 
 TEST(one_pass_chunk_error_grows_with_the_tile_and_not_with_the_rows) {
-  for (const int64_t O : {1, 5}) {
+  for (const int64_t O : {1, 9}) {
     test_error_of_many_rows<float>(O);
     test_error_of_many_rows<double>(O);
   }
@@ -253,8 +252,7 @@ void test_update(const Sizes& s, int64_t chunks, const SgdOptions& options) {
       update(split, o, o + 1, middle, s.I);
       update(split, o, o + 1, 0, middle);
     }
-    check(split.weight.equals(whole.weight.copy()), "W depends on how the update is split");
-    check(split.weight_buf.equals(whole.weight_buf.copy()), "buf depends on the split");
+    check_layer(split, want);
     Layer<T> nothing(s, options, kNoOptions);
     update(nothing, 0, s.O, middle, middle);
     update(nothing, 0, 0, 0, s.I);
@@ -293,12 +291,11 @@ void test_update_of_any_columns() {
     Buffer<T> partial(s.O * partial_stride(I), 0);
     partial.fill_random(1);
     for_each_isa([&](const char* isa) {
-      Layer<T> start(s, options, kNoOptions), whole(s, options, kNoOptions);
+      Layer<T> start(s, options, kNoOptions);
       const auto update = [&](Layer<T>& layer, int64_t i_begin, int64_t i_end) {
         kernels<T>().one_pass_update({partial.data(), 1, 0, layer.params()}, 0, s.O, i_begin,
                                      i_end);
       };
-      update(whole, 0, I);
       for (int64_t begin = 0; begin <= I; ++begin) {
         // A vector's first_lanes shifts by its length: at most 31 columns are left over.
         for (int64_t end = std::max(begin, I - 15); end <= I; ++end) {
@@ -309,7 +306,7 @@ void test_update_of_any_columns() {
           update(layer, begin, end);
           for (int64_t k = 0; k < s.O * I; ++k) {
             const bool inside = begin <= k % I && k % I < end;
-            check(layer.weight[k] == (inside ? whole : start).weight[k],
+            check((layer.weight[k] != start.weight[k]) == inside,
                   inside ? "column %lld was not updated" : "column %lld was updated",
                   static_cast<long long>(k % I));
           }

@@ -160,6 +160,26 @@ void lane_sum_adds_every_lane_once() {
 }
 
 template <typename T>
+void add_widened_adds_each_lane_in_double() {
+  constexpr int kN = kLanes<T>;
+  for (uint64_t seed = 0; seed < kSeeds; ++seed) {
+    Buffer<T> from(kN, seed);
+    Buffer<double> sums(kN, seed / 4 + seed % 4 * 4);
+    from.fill_random(seed);
+    sums.fill_random(seed + 1);
+    const std::vector<double> before = sums.copy();
+    const WideVec<T> wide = widened<T>(load(from.data()));
+    add_widened<T>(sums.data(), load(from.data()));
+    for (int k = 0; k < kN; ++k) {
+      const double lane = static_cast<double>(from[k]);
+      check_lane(k, static_cast<double>(wide[k]), lane);
+      check_lane(k, sums[k], before[static_cast<size_t>(k)] + lane);
+    }
+    check(sums.intact(), "wrote beyond a vector");
+  }
+}
+
+template <typename T>
 constexpr SimdCases kCases = {load_and_store<T>,
                               splat_fills_every_lane<T>,
                               keep_zeroes_the_lanes_beyond_n<T>,
@@ -167,7 +187,8 @@ constexpr SimdCases kCases = {load_and_store<T>,
                               store_first_writes_n<T>,
                               load_strided_reads_n_and_zeroes_the_rest<T>,
                               transpose_sum_gives_lane_k_the_sum_of_vector_k<T>,
-                              lane_sum_adds_every_lane_once<T>};
+                              lane_sum_adds_every_lane_once<T>,
+                              add_widened_adds_each_lane_in_double<T>};
 
 extern const SimdCases kFloatCases = kCases<float>;
 extern const SimdCases kDoubleCases = kCases<double>;

@@ -56,3 +56,4 @@ TEST(simd_transpose_sum_gives_lane_k_the_sum_of_vector_k) {
   run_everywhere(&SimdCases::transpose_sum);
 }
 TEST(simd_lane_sum_adds_every_lane_once) { run_everywhere(&SimdCases::lane_sum); }
+TEST(simd_add_widened_adds_each_lane_in_double) { run_everywhere(&SimdCases::add_widened); }

@@ -22,6 +22,7 @@ struct SimdCases {
   void (*load_strided)();
   void (*transpose_sum)();
   void (*lane_sum)();
+  void (*add_widened)();
 };
 
 template <typename T>
