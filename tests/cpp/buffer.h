@@ -28,11 +28,14 @@ inline uint64_t hash(uint64_t a, uint64_t b = 0) {
   return z ^ (z >> 31);
 }
 
-// +-[1/4, 1): never zero, and no product of a few of them is subnormal.
+// +-[1/4, 1), with all of T's digits: never zero, and no product of a few of them is subnormal.
 template <typename T>
 T random_value(uint64_t seed, int64_t k) {
+  constexpr int kDigits = std::numeric_limits<T>::digits;
   const uint64_t bits = hash(seed, static_cast<uint64_t>(k));
-  const T magnitude = T(0.25) + T(0.75) * static_cast<T>(bits >> 44) / T(1 << 20);
+  const T fraction =
+      static_cast<T>(bits >> (64 - kDigits)) / static_cast<T>(uint64_t{1} << kDigits);
+  const T magnitude = T(0.25) + T(0.75) * fraction;
   return bits & 1 ? -magnitude : magnitude;
 }
 
