@@ -750,3 +750,28 @@ def test_one_run_equals_the_first_of_the_plain_steps():
     ours = train(problem, "run")
     torch.testing.assert_close(ours.losses[0], loss)
     torch.testing.assert_close(ours.weight, model.weight.detach())
+
+
+@pytest.mark.parametrize("in_features", [1, 3, 9])
+def test_infinite_row_leaves_infinity_and_nan_where_the_loop_does(in_features):
+    """Not NaN in place of an infinity: 0 · inf must not arise in the lanes beyond the inputs."""
+    inputs = torch.ones(3, in_features)
+    inputs[0, 0] = torch.inf
+    targets = torch.zeros(3, 1)
+
+    def trained(run: bool) -> list[torch.Tensor]:
+        model = torch.nn.Linear(in_features, 1, bias=False)
+        torch.nn.init.constant_(model.weight, 0.5)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        step = fused_step.TrainStep(model, torch.nn.MSELoss(), optimizer)
+        if run:
+            losses = step.run(inputs, targets, batch_size=1)
+            assert step.plan == "one-pass"
+        else:
+            rows = zip(inputs.split(1), targets.split(1), strict=True)
+            losses = torch.stack([step._plain_step(*row) for row in rows])
+        return [losses, model.weight.detach()]
+
+    for fused, plain in zip(trained(run=True), trained(run=False), strict=True):
+        assert torch.equal(fused.isnan(), plain.isnan())
+        assert torch.equal(fused.isinf(), plain.isinf())

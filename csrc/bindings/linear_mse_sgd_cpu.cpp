@@ -155,7 +155,11 @@ void gemm_update(const at::Tensor& dy, const at::Tensor& x, const cpu::LinearPar
     const int64_t n = std::min(outputs, O - o);
     at::Tensor grad = at::from_blob(workspace, {n, I}, dy.options());
     at::mm_out(grad, dy.narrow(1, o, n).t(), x);
-    at::parallel_for(0, n * I, cpu::kElementwiseGrain, [&](int64_t begin, int64_t end) {
+    // Tasks of a fixed size: where vectors end does not depend on the number of threads.
+    const int64_t tasks = cpu::ceil_div(n * I, cpu::kElementwiseGrain);
+    at::parallel_for(0, tasks, 1, [&](int64_t first, int64_t last) {
+      const int64_t begin = first * cpu::kElementwiseGrain;
+      const int64_t end = std::min(last * cpu::kElementwiseGrain, n * I);
       const int64_t at = o * I + begin;
       T* const buf = params.weight_buf != nullptr ? params.weight_buf + at : nullptr;
       cpu::kernels<T>().sgd(

@@ -256,10 +256,10 @@ void one_pass_chunk(const OnePassChunk<T>& a) {
   a.O == 1 ? one_pass_tiles<T, true>(a) : one_pass_tiles<T, false>(a);
 }
 
-// Columns [i, i + kVecs vectors) of row o, or the first lanes of the last vector (kVecs = 0).
+// Columns [i, i + kVecs vectors) of row o, or those up to i_end (kVecs = 0).
 template <typename T, int kVecs>
 FUSED_STEP_INLINE void update_columns(const OnePassUpdate<T>& a, const SgdCoefficients<T>& c,
-                                      int64_t o, int64_t i) {
+                                      int64_t o, int64_t i, int64_t i_end) {
   constexpr int kCount = kVecs > 0 ? kVecs : 1;
   const T* partial = a.dweight + o * partial_stride(a.params.I) + i;
   Vec<T> grad[kCount];
@@ -268,11 +268,11 @@ FUSED_STEP_INLINE void update_columns(const OnePassUpdate<T>& a, const SgdCoeffi
     partial += a.chunk_stride;
     for (int v = 0; v < kCount; ++v) grad[v] += load(partial + v * kLanes<T>);
   }
-  const FirstLanes<T> lanes = first_lanes<T>(kVecs > 0 ? kLanes<T> : a.params.I - i);
+  const FirstLanes<T> lanes = first_lanes<T>(kVecs > 0 ? kLanes<T> : i_end - i);
   for (int v = 0; v < kCount; ++v) {
     const int64_t at = o * a.params.I + i + v * kLanes<T>;
     T* const weight = a.params.weight + at;
-    T* const momentum = a.params.weight_buf + at;
+    T* const momentum = c.has_momentum ? a.params.weight_buf + at : nullptr;
     Vec<T> buf{};
     if constexpr (kVecs > 0) {
       if (c.has_momentum && !c.first_step) buf = load(momentum);
@@ -292,9 +292,9 @@ void one_pass_update(const OnePassUpdate<T>& a, int64_t o_begin, int64_t o_end, 
   const SgdCoefficients<T> c = sgd_coefficients<T>(a.params.weight_options);
   for (int64_t o = o_begin; o < o_end; ++o) {
     int64_t i = i_begin;
-    for (; i + 4 * kLanes<T> <= i_end; i += 4 * kLanes<T>) update_columns<T, 4>(a, c, o, i);
-    for (; i + kLanes<T> <= i_end; i += kLanes<T>) update_columns<T, 1>(a, c, o, i);
-    if (i < i_end) update_columns<T, 0>(a, c, o, i);
+    for (; i + 4 * kLanes<T> <= i_end; i += 4 * kLanes<T>) update_columns<T, 4>(a, c, o, i, i_end);
+    for (; i + kLanes<T> <= i_end; i += kLanes<T>) update_columns<T, 1>(a, c, o, i, i_end);
+    if (i < i_end) update_columns<T, 0>(a, c, o, i, i_end);
   }
 }
 

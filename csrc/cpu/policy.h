@@ -27,8 +27,8 @@ constexpr int64_t kPrefetchMaxOutputs = 8;
 // A parallel region costs 2-5 us, which is the time of about 32 k multiply-adds.
 constexpr int64_t kMinChunkWork = 32 * 1024;
 constexpr int64_t kMaxChunks = 64;
-// Partial sums are [O, I] per chunk; a chunk of 16 * O rows keeps them at 1/16 of bytes(x).
-constexpr int64_t kMinChunkRowsPerOutput = 16;
+// Partial sums of dW take at most this share of bytes(x), padding included.
+constexpr int64_t kPartialsShare = 16;
 // One-pass with fewer chunks than this leaves threads idle; above this work a threaded GEMM wins.
 constexpr int64_t kMinParallelChunks = 8;
 constexpr int64_t kMaxSerialWork = 512 * 1024;
@@ -43,12 +43,6 @@ constexpr int64_t kGradPanelBytesPerThread = 1024 * 1024;
 enum class Plan : int8_t { kNone, kOnePass, kGemm };
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-inline int64_t one_pass_chunks(const LinearShape& s) {
-  const int64_t by_work = s.B * s.I * s.O / kMinChunkWork;
-  const int64_t by_partials = s.B / (kMinChunkRowsPerOutput * std::max<int64_t>(s.O, 1));
-  return std::max<int64_t>(1, std::min({by_work, by_partials, kMaxChunks}));
-}
 
 // Rows per chunk, a multiple of 16 so that only the last tile of the last chunk is ragged.
 inline int64_t rows_per_chunk(int64_t rows, int64_t chunks) {
@@ -66,6 +60,13 @@ inline int64_t tile_rows(int64_t I, int64_t element_bytes) {
 // Elements between the rows of a partial dW: a whole number of the widest vectors, and off the
 // multiples of 4 KiB that would put every row of dW into the same set of L1.
 inline int64_t partial_stride(int64_t I) { return ceil_div(I, 16) * 16 + 16; }
+
+inline int64_t one_pass_chunks(const LinearShape& s) {
+  const int64_t by_work = s.B * s.I * s.O / kMinChunkWork;
+  const int64_t partial = std::max<int64_t>(1, s.O) * partial_stride(s.I);
+  const int64_t by_partials = s.B * s.I / (kPartialsShare * partial);
+  return std::max<int64_t>(1, std::min({by_work, by_partials, kMaxChunks}));
+}
 
 inline Plan choose_plan(const LinearShape& s, int64_t element_bytes) {
   if (s.O > kMaxOnePassOutputs) return Plan::kGemm;

@@ -120,6 +120,9 @@ FUSED_STEP_INLINE void register_steps(const SerialSteps<T>& a) {
     for (int v = 0; v < kVecs; ++v) {
       weight.v[v] = sgd_update(weight.v[v], sums.dweight.v[v], weight_buf.v[v], weight_c);
     }
+    // Where x or lr is infinite the empty lanes have become 0 * inf, which the next y would take
+    // in.
+    weight.v[kVecs - 1] = keep(weight.v[kVecs - 1], last);
     if (has_bias) bias = sgd_update(bias, static_cast<T>(sums.dbias), bias_buf, bias_c);
     weight_c.first_step = bias_c.first_step = false;
     a.losses[step] = static_cast<T>(sums.loss * mse_loss_scale(a.reduction, rows, 1));
@@ -156,6 +159,7 @@ FUSED_STEP_INLINE void memory_steps(const SerialSteps<T>& a) {
 
 template <typename T>
 void serial_steps(const SerialSteps<T>& a) {
+  if (a.steps <= 0) return;
   if (a.params.O == 1 && a.params.I > 0 && a.params.I <= kLanes<T>) {
     register_steps<T, 1>(a);
   } else if (a.params.O == 1 && a.params.I > kLanes<T> && a.params.I <= 2 * kLanes<T>) {

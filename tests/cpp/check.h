@@ -15,7 +15,6 @@ namespace fused_step::test {
 struct Test {
   const char* name;
   void (*run)();
-  const char* known_failure;  // null, or why it fails; to pass is then the failure
 };
 
 inline std::vector<Test>& tests() {
@@ -61,10 +60,8 @@ void for_each_isa(const Body& body) {
 
 }  // namespace fused_step::test
 
-#define REGISTER_TEST(name, known_failure)                                       \
-  static void name();                                                            \
-  [[maybe_unused]] static const bool name##_is_registered =                      \
-      (fused_step::test::tests().push_back({#name, name, known_failure}), true); \
+#define TEST(name)                                                \
+  static void name();                                             \
+  [[maybe_unused]] static const bool name##_is_registered =       \
+      (fused_step::test::tests().push_back({#name, name}), true); \
   static void name()
-#define TEST(name) REGISTER_TEST(name, nullptr)
-#define KNOWN_FAILURE(name, why) REGISTER_TEST(name, why)
