@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fused_step._extension import _C
+from fused_step.modules import LinearMSELoss
 
 LossFunction = Callable[[Tensor, Tensor], Tensor]
 
@@ -27,7 +28,8 @@ class TrainStep:
 
     Args:
         model: any ``nn.Module``.
-        loss_function: ``loss_function(output, target)`` returning a 0-dim tensor.
+        loss_function: ``loss_function(output, target)`` returning a 0-dim tensor. None for a
+            :class:`fused_step.LinearMSELoss`, whose ``model(input, target)`` is the loss.
         optimizer: an optimizer over the model's parameters.
 
     Raises:
@@ -37,14 +39,19 @@ class TrainStep:
     def __init__(
         self,
         model: nn.Module,
-        loss_function: LossFunction,
+        loss_function: LossFunction | None,
         optimizer: torch.optim.Optimizer,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(
                 f"TrainStep: model must be an nn.Module, got {type(model).__qualname__}"
             )
-        if not callable(loss_function):
+        if loss_function is None and not isinstance(model, LinearMSELoss):
+            raise TypeError(
+                "TrainStep: loss_function may be None for a LinearMSELoss only, "
+                f"got None for {type(model).__qualname__}"
+            )
+        if loss_function is not None and not callable(loss_function):
             raise TypeError(
                 f"TrainStep: loss_function must be callable, got {type(loss_function).__qualname__}"
             )
@@ -66,8 +73,8 @@ class TrainStep:
         return self._model
 
     @property
-    def loss_function(self) -> LossFunction:
-        """The loss function."""
+    def loss_function(self) -> LossFunction | None:
+        """The loss function; None where the model gives the loss."""
         return self._loss_function
 
     @property
@@ -110,8 +117,11 @@ class TrainStep:
 
     def _plain_step(self, input: Tensor, target: Tensor) -> Tensor:
         self._ran_plain = True
-        output = self._model(input)
-        loss = self._loss_function(output, target)
+        if self._loss_function is None:
+            loss = self._model(input, target)
+        else:
+            output = self._model(input)
+            loss = self._loss_function(output, target)
         loss.backward()
         self._optimizer.step()
         self._optimizer.zero_grad()

@@ -30,6 +30,7 @@ from harness.protocol import Protocol, measure
 from harness.remote import BENCHMARKS
 
 MakeContestants = Callable[[int], Sequence[Contestant]]
+MeasureMemory = Callable[[Case, int], dict]
 
 
 def _parse(description: str, cases: Sequence[Case]) -> argparse.Namespace:
@@ -156,6 +157,7 @@ def run(
     make_contestants: MakeContestants,
     subject: str,
     again: str,
+    measure_memory: MeasureMemory = memory.measure,
 ) -> None:
     """Parses the command line, measures, prints, and writes KIND.json, KIND.md and KIND.png.
 
@@ -166,6 +168,7 @@ def run(
         make_contestants: from a number of threads to the contestants of one case, floors included.
         subject: key of the contestant that the others are compared with.
         again: key of its second entry, for the A/A noise.
+        measure_memory: from a case and a number of threads to its memory.
     """
     arguments = _parse(description, cases)
     console = Console(width=None if sys.stdout.isatty() else 120)
@@ -206,7 +209,7 @@ def run(
             if not (interrupted or arguments.no_memory):
                 say("memory", measured.rounds, measured.rounds)
                 try:
-                    used = memory.measure(case, threads)
+                    used = measure_memory(case, threads)
                 except KeyboardInterrupt:
                     interrupted = True
             if measured.rounds:

@@ -10,6 +10,7 @@
 #include <functional>
 #include <optional>
 
+#include "bindings/linear_mse_passes.h"
 #include "core/params.h"
 #include "cpu/policy.h"
 
@@ -24,16 +25,6 @@ struct LinearSgdState {
   SgdOptions weight_options;
   SgdOptions bias_options;
   Reduction reduction = Reduction::kMean;
-};
-
-// Scratch memory that outlives a step, so that a step allocates only its loss.
-class Workspace {
- public:
-  // At least `bytes`, aligned to 64.
-  void* reserve(int64_t bytes);
-
- private:
-  at::Tensor memory_;
 };
 
 // The plan for a batch of B rows.

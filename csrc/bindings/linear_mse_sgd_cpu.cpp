@@ -2,16 +2,14 @@
 // The whole step of one linear layer on the CPU: tensors to pointers, threads, and the GEMMs.
 #include <ATen/EmptyTensor.h>
 #include <ATen/Parallel.h>
-#include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/from_blob.h>
 #include <ATen/ops/mm.h>
 #include <ATen/ops/randperm.h>
-#include <c10/core/impl/LocalDispatchKeySet.h>
-#include <c10/util/accumulate.h>
 
 #include <algorithm>
 #include <cstring>
 
+#include "bindings/linear_mse_passes.h"
 #include "bindings/linear_mse_sgd.h"
 #include "core/mse_math.h"
 #include "cpu/bias.h"
@@ -21,35 +19,7 @@ namespace fused_step {
 
 using cpu::Plan;
 
-void* Workspace::reserve(int64_t bytes) {
-  if (!memory_.defined() || memory_.numel() < bytes) {
-    memory_ = at::Tensor();  // freed before the larger one is taken
-    memory_ = at::detail::empty_cpu({bytes}, at::TensorOptions().dtype(at::kByte));
-  }
-  return memory_.mutable_data_ptr();
-}
-
 namespace {
-
-// The ATen calls below are the op's own: autograd, version counting and autocast stay outside.
-class BelowDispatcher {
- private:
-  at::AutoDispatchBelowADInplaceOrView below_autograd_;
-  c10::impl::ExcludeDispatchKeyGuard no_autocast_{c10::autocast_dispatch_keyset};
-};
-
-// [rows, columns] with adjacent columns, a copy only where no such view exists.
-at::Tensor as_rows(const at::Tensor& t, int64_t columns) {
-  if (t.dim() == 2 && (t.stride(1) == 1 || columns == 1)) return t;
-  const int64_t rows = c10::multiply_integers(t.sizes().slice(0, t.dim() - 1));
-  return t.contiguous().view({rows, columns});
-}
-
-template <typename T>
-cpu::Rows<T> rows_of(const at::Tensor& x, const at::Tensor& target) {
-  return {x.const_data_ptr<T>(), target.const_data_ptr<T>(), x.stride(0), target.stride(0),
-          x.size(0)};
-}
 
 template <typename T>
 T* data_or_null(const at::Tensor& t) {
@@ -68,24 +38,9 @@ cpu::LinearParams<T> params_of(const LinearSgdState& s) {
           s.weight.size(0)};
 }
 
-int64_t round_up(int64_t n, int64_t to) { return cpu::ceil_div(n, to) * to; }
-
-// Partial sums of `chunks` chunks in a workspace: all dW, then for each chunk O + 1 doubles.
 template <typename T>
-cpu::PartialSums<T> reserve_partials(Workspace& workspace, int64_t chunks, int64_t O, int64_t I) {
-  const int64_t dweight_bytes =
-      round_up(chunks * O * cpu::partial_stride(I) * static_cast<int64_t>(sizeof(T)), 64);
-  char* base = static_cast<char*>(
-      workspace.reserve(dweight_bytes + chunks * (O + 1) * static_cast<int64_t>(sizeof(double))));
-  auto* sums = reinterpret_cast<double*>(base + dweight_bytes);
-  return {reinterpret_cast<T*>(base), sums, sums + O};
-}
-
-template <typename T>
-T total_loss(const double* loss, int64_t chunks, int64_t stride, double scale) {
-  double sum = 0.0;
-  for (int64_t c = 0; c < chunks; ++c) sum += loss[c * stride];
-  return static_cast<T>(sum * scale);
+T total_loss(const double* loss, const RowChunks& cut, int64_t O, double scale) {
+  return static_cast<T>(sum_chunks(loss, cut.count, sums_stride(O)) * scale);
 }
 
 template <typename T>
@@ -106,41 +61,18 @@ T one_pass_step(const cpu::Rows<T>& batch, Reduction reduction, const cpu::Linea
     serial_steps(batch, B, 0, 1, reduction, params, workspace, &loss);
     return loss;
   }
-  const int64_t rows = cpu::rows_per_chunk(B, wanted), chunks = cpu::ceil_div(B, rows);
-  const int64_t chunk_stride = O * cpu::partial_stride(I), sums_stride = O + 1;
-  const cpu::PartialSums<T> partial = reserve_partials<T>(workspace, chunks, O, I);
-  const cpu::Kernels<T>& kernels = cpu::kernels<T>();
-  const double dy_scale = mse_dy_scale(reduction, B, O);
+  const RowChunks cut = cut_rows(B, wanted);
+  const cpu::PartialSums<T> partial = reserve_partials<T>(workspace, cut.count, O, I);
+  one_pass_sums<T>(
+      {batch, params.weight, params.bias, I, O, mse_dy_scale(reduction, B, O), partial}, cut);
 
-  at::parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t c = begin; c < end; ++c) {
-      const int64_t row = c * rows;
-      kernels.one_pass_chunk(
-          {{batch.x + row * batch.x_stride, batch.target + row * batch.target_stride,
-            batch.x_stride, batch.target_stride, std::min(rows, B - row)},
-           params.weight,
-           params.bias,
-           I,
-           O,
-           dy_scale,
-           {partial.dweight + c * chunk_stride, partial.dbias + c * sums_stride,
-            partial.loss + c * sums_stride}});
-    }
+  // Every read of W has ended.
+  const cpu::OnePassUpdate<T> update{partial.dweight, cut.count, dweight_stride(O, I), params};
+  for_each_weight(O, I, cut.count, [&](int64_t o, int64_t i, int64_t i_end) {
+    cpu::kernels<T>().one_pass_update(update, o, o + 1, i, i_end);
   });
-
-  // Every read of W has ended. A task is 256 columns of one row of W.
-  constexpr int64_t kColumns = 256;
-  const int64_t blocks = cpu::ceil_div(I, kColumns);
-  const int64_t grain = std::max<int64_t>(1, cpu::kElementwiseGrain / (kColumns * chunks));
-  const cpu::OnePassUpdate<T> update{partial.dweight, chunks, chunk_stride, params};
-  at::parallel_for(0, O * blocks, grain, [&](int64_t begin, int64_t end) {
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t o = task / blocks, i = task % blocks * kColumns;
-      kernels.one_pass_update(update, o, o + 1, i, std::min(i + kColumns, I));
-    }
-  });
-  cpu::update_bias<T>(partial.dbias, chunks, sums_stride, params);
-  return total_loss<T>(partial.loss, chunks, sums_stride, mse_loss_scale(reduction, B, O));
+  cpu::update_bias<T>(partial.dbias, cut.count, sums_stride(O), params);
+  return total_loss<T>(partial.loss, cut, O, mse_loss_scale(reduction, B, O));
 }
 
 // dW = dy^T x panel by panel, each used up at once. Never as one GEMM into W: BLAS adds blocks of
@@ -172,14 +104,11 @@ template <typename T>
 T gemm_step(const LinearSgdState& state, const at::Tensor& x, const cpu::Rows<T>& batch,
             const cpu::LinearParams<T>& params, Workspace& workspace) {
   const int64_t B = batch.rows, I = params.I, O = params.O;
-  const cpu::Kernels<T>& kernels = cpu::kernels<T>();
-  const int64_t wanted = cpu::residual_chunks(B, O);
-  const int64_t rows = std::max<int64_t>(1, cpu::rows_per_chunk(B, wanted));
-  const int64_t chunks = std::max<int64_t>(1, cpu::ceil_div(B, rows)), sums_stride = O + 1;
+  const RowChunks cut = cut_rows(B, cpu::residual_chunks(B, O));
 
   const int64_t y_bytes = round_up(B * O * static_cast<int64_t>(sizeof(T)), 64);
   const int64_t sums_bytes =
-      round_up(chunks * sums_stride * static_cast<int64_t>(sizeof(double)), 64);
+      round_up(cut.count * sums_stride(O) * static_cast<int64_t>(sizeof(double)), 64);
   const int64_t panel = std::min(O, cpu::grad_panel_outputs(I, sizeof(T), at::get_num_threads()));
   char* base = static_cast<char*>(
       workspace.reserve(y_bytes + sums_bytes + panel * I * static_cast<int64_t>(sizeof(T))));
@@ -187,21 +116,14 @@ T gemm_step(const LinearSgdState& state, const at::Tensor& x, const cpu::Rows<T>
   at::Tensor y = at::from_blob(base, {B, O}, state.weight.options().requires_grad(false));
   at::mm_out(y, x, state.weight.t());
 
-  T* y_data = reinterpret_cast<T*>(base);
-  const double dy_scale = mse_dy_scale(state.reduction, B, O);
-  at::parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t c = begin; c < end; ++c) {
-      const int64_t row = c * rows;
-      kernels.residual_chunk({y_data + row * O, batch.target + row * batch.target_stride,
-                              batch.target_stride, params.bias, std::min(rows, B - row), O,
-                              dy_scale, sums + c * sums_stride, sums + c * sums_stride + O});
-    }
-  });
+  residual_sums<T>({reinterpret_cast<T*>(base), batch.target, batch.target_stride, params.bias, B,
+                    O, mse_dy_scale(state.reduction, B, O), sums, sums + O},
+                   cut);
 
   // The last reader of W was y.
   gemm_update<T>(y, x, params, reinterpret_cast<T*>(base + y_bytes + sums_bytes));
-  cpu::update_bias<T>(sums, chunks, sums_stride, params);
-  return total_loss<T>(sums + O, chunks, sums_stride, mse_loss_scale(state.reduction, B, O));
+  cpu::update_bias<T>(sums, cut.count, sums_stride(O), params);
+  return total_loss<T>(sums + O, cut, O, mse_loss_scale(state.reduction, B, O));
 }
 
 template <typename T>

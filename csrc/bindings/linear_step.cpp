@@ -168,19 +168,34 @@ bool LinearStep::read_model(Verdict& v, Reading& reading) {
     return false;
   }
   PyObject* linear = model_.ptr();
-  if (Py_TYPE(linear) == o.sequential.type) {
+  // With its own loss inside, the model is LinearMSELoss; without, nn.Linear or a Sequential of
+  // one.
+  const ModuleClass& outer = loss_function_.is_none() ? o.linear_mse_loss : o.sequential;
+  if (Py_TYPE(linear) == outer.type) {
     const py::object dict = dict_of(linear);
-    if (!check_module(linear, dict.ptr(), o.sequential, "the model", v, watch_)) return false;
+    if (!check_module(linear, dict.ptr(), outer, "the model", v, watch_)) return false;
     PyObject* const modules = get_item(dict.ptr(), n.modules);
     watch_.dict(modules);
     Py_ssize_t position = 0;
     PyObject* only = nullptr;
-    if (modules == nullptr || !PyDict_Check(modules) || PyDict_GET_SIZE(modules) != 1 ||
-        !PyDict_Next(modules, &position, nullptr, &only) || Py_TYPE(only) != o.linear.type) {
-      v.against(true, "the model is a Sequential of something else than one nn.Linear");
+    const bool has_one =
+        modules != nullptr && PyDict_Check(modules) && PyDict_GET_SIZE(modules) == 1 &&
+        PyDict_Next(modules, &position, nullptr, &only) && Py_TYPE(only) == o.linear.type;
+    // LinearMSELoss asks for its layer by name, and an attribute of that name would hide it.
+    const bool is_asked_for =
+        outer.type == o.sequential.type || (has_one && get_item(modules, n.linear) == only &&
+                                            get_item(dict.ptr(), n.linear) == nullptr);
+    if (!has_one || !is_asked_for) {
+      v.against(true, outer.type == o.sequential.type
+                          ? "the model is a Sequential of something else than one nn.Linear"
+                          : "the model's only module is not its nn.Linear");
       return false;
     }
     linear = only;
+  } else if (loss_function_.is_none()) {
+    v.against(std::string("the model is ") + Py_TYPE(linear)->tp_name +
+              ", not LinearMSELoss itself");
+    return false;
   }
   if (Py_TYPE(linear) != o.linear.type) {
     v.against(std::string("the model is ") + Py_TYPE(linear)->tp_name +
@@ -213,7 +228,11 @@ bool LinearStep::read_loss(Verdict& v, Reading& reading) {
   PyObject* const loss = loss_function_.ptr();
   PyObject* reduction = n.mean;
   py::object owner;
-  if (Py_TYPE(loss) == o.mse_loss.type) {
+  if (loss == Py_None) {
+    // read_model has seen that the model is a LinearMSELoss, and watches its dictionary.
+    owner = dict_of(model_.ptr());
+    reduction = get_item(owner.ptr(), n.reduction);
+  } else if (Py_TYPE(loss) == o.mse_loss.type) {
     owner = dict_of(loss);
     if (!check_module(loss, owner.ptr(), o.mse_loss, "the loss", v, watch_)) return false;
     reduction = get_item(owner.ptr(), n.reduction);
@@ -431,8 +450,9 @@ PyObject* call_step(PyObject* capsule, PyObject* const* args, Py_ssize_t count) 
   END_HANDLE_TH_ERRORS
 }
 
-PyMethodDef step_method = {"step", reinterpret_cast<PyCFunction>(call_step), METH_FASTCALL,
-                           "step(input, target) -> Tensor | None"};
+PyMethodDef step_method = {"step",
+                           reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(call_step)),
+                           METH_FASTCALL, "step(input, target) -> Tensor | None"};
 
 }  // namespace
 

@@ -76,6 +76,10 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("use_isa", &fused_step::use_isa, py::arg("name"),
         "Uses another instruction set from now on; for tests.");
 
+  m.def(
+      "set_linear_mse_loss", [](py::type type) { fused_step::set_linear_mse_loss(type.ptr()); },
+      py::arg("type"), "Makes the class known that LinearStep takes with a loss of None.");
+
   py::class_<LinearStep>(m, "LinearStep", py::module_local(),
                          "Fused plans of TrainStep for a linear model; see train_step.py.")
       .def(py::init<py::handle, py::handle, py::handle>(), py::arg("model"),

@@ -77,7 +77,7 @@ PythonObjects import_objects() {
   const py::object functional = py::module_::import("torch.nn.functional");
   const py::object optimizer = py::module_::import("torch.optim.optimizer");
   const py::object sgd = py::module_::import("torch.optim").attr("SGD");
-  PythonObjects o;
+  PythonObjects o{};
   o.names = make_names();
   o.linear = make_module_class(nn.attr("Linear"), o.names);
   o.sequential = make_module_class(nn.attr("Sequential"), o.names);
@@ -108,9 +108,20 @@ bool ModuleClass::is_as_imported(const Names& names) const {
          _PyType_Lookup(type, names.wrapped_call_impl) == wrapped_call_impl;
 }
 
-const PythonObjects& python_objects() {
-  static const PythonObjects objects = import_objects();
+namespace {
+
+PythonObjects& objects() {
+  static PythonObjects objects = import_objects();
   return objects;
+}
+
+}  // namespace
+
+const PythonObjects& python_objects() { return objects(); }
+
+void set_linear_mse_loss(PyObject* type) {
+  objects().linear_mse_loss =
+      make_module_class(py::reinterpret_borrow<py::object>(type), objects().names);
 }
 
 }  // namespace fused_step

@@ -30,6 +30,8 @@ struct ModuleClass {
 struct PythonObjects {
   Names names;
   ModuleClass linear, sequential, mse_loss;
+  // fused_step.LinearMSELoss; its type is null until set_linear_mse_loss() was called.
+  ModuleClass linear_mse_loss;
   PyTypeObject *sgd, *parameter, *partial;
   PyObject* sgd_zero_grad;
   // torch.nn.functional's dictionary, and its functions as they were at import.
@@ -42,6 +44,10 @@ struct PythonObjects {
 
 // Imports torch's modules on first use. Needs the GIL.
 const PythonObjects& python_objects();
+
+// fused_step.modules hands over its class as soon as it has made it; it needs this module to be
+// imported first.
+void set_linear_mse_loss(PyObject* type);
 
 // Borrowed, null if absent; no exception is left set. PyDict_GetItem would save and restore the
 // current exception around each lookup, a quarter of its time.

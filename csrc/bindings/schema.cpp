@@ -4,6 +4,7 @@
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/library.h>
 
+#include "bindings/linear_mse.h"
 #include "bindings/schema.h"
 
 namespace fused_step {
@@ -20,18 +21,39 @@ at::Tensor linear_mse_sgd_meta(at::Tensor& weight, std::optional<at::Tensor> /*b
   return at::empty({}, weight.options().requires_grad(false));
 }
 
+LinearMseResult linear_mse_meta(const at::Tensor& input, const at::Tensor& weight,
+                                const std::optional<at::Tensor>& bias, const at::Tensor& target,
+                                std::string_view reduction, bool need_dinput, bool need_dweight,
+                                bool need_dbias, bool need_residual) {
+  check_reduction(reduction);
+  check_linear_mse(input, weight, bias, target);
+  const bool none = reduction == "none";
+  const at::TensorOptions options = weight.options().requires_grad(false);
+  const auto make = [&](bool needed, c10::SymIntArrayRef sizes) {
+    return needed ? at::empty_symint(sizes, options) : at::empty({0}, options);
+  };
+  return {none ? at::empty_symint(target.sym_sizes(), options) : at::empty({}, options),
+          make(need_dinput && !none, input.sym_sizes()),
+          make(need_dweight && !none, weight.sym_sizes()),
+          make(need_dbias && !none, weight.sym_sizes().slice(0, 1)),
+          make(need_residual, target.sym_sizes())};
+}
+
 }  // namespace
 }  // namespace fused_step
 
 TORCH_LIBRARY(fused_step, m) {
   m.def(fused_step::kLinearMseSgdSchema, {at::Tag::pt2_compliant_tag});
+  m.def(fused_step::kLinearMseLossSchema, {at::Tag::pt2_compliant_tag});
+  m.def(fused_step::kLinearMseSchema, {at::Tag::pt2_compliant_tag});
 }
 
 TORCH_LIBRARY_IMPL(fused_step, Meta, m) {
   m.impl("linear_mse_sgd_", &fused_step::linear_mse_sgd_meta);
+  m.impl("linear_mse", &fused_step::linear_mse_meta);
 }
 
-// The op has no derivative: a parameter that requires grad is an error outside no_grad, and a
+// The step has no derivative: a parameter that requires grad is an error outside no_grad, and a
 // gradient that would flow through it says that it is not implemented.
 TORCH_LIBRARY_IMPL(fused_step, Autograd, m) {
   m.impl("linear_mse_sgd_", torch::autograd::autogradNotImplementedFallback());

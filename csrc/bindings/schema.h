@@ -13,4 +13,17 @@ constexpr const char* kLinearMseSgdSchema =
     "float momentum=0., float dampening=0., float weight_decay=0., bool nesterov=False, "
     "bool maximize=False, str reduction=\"mean\", bool first_step=False) -> Tensor";
 
+// Mean squared error of a linear layer, differentiable in every tensor.
+//   input [*, I], linear_weight [O, I], linear_bias [O], target [*, O]; loss [], or [*, O] for
+//   reduction "none".
+constexpr const char* kLinearMseLossSchema =
+    "linear_mse_loss(Tensor input, Tensor linear_weight, Tensor? linear_bias, Tensor target, "
+    "str reduction=\"mean\") -> Tensor";
+
+// The same as a pure function that gives the gradients along: see linear_mse.h.
+constexpr const char* kLinearMseSchema =
+    "linear_mse(Tensor input, Tensor linear_weight, Tensor? linear_bias, Tensor target, "
+    "str reduction, bool need_dinput, bool need_dweight, bool need_dbias, bool need_residual) -> "
+    "(Tensor loss, Tensor dinput, Tensor dweight, Tensor dbias, Tensor residual)";
+
 }  // namespace fused_step

@@ -14,8 +14,8 @@ namespace fused_step::cpu {
 namespace FUSED_STEP_ISA {
 
 template <typename T>
-constexpr Kernels<T> kTable = {one_pass_chunk<T>, one_pass_update<T>, serial_steps<T>,
-                               residual_chunk<T>, sgd<T>};
+constexpr Kernels<T> kTable = {one_pass_chunk<T>, one_pass_update<T>, one_pass_grad<T>,
+                               serial_steps<T>,   residual_chunk<T>,  sgd<T>};
 
 extern const Kernels<float> kFloatKernels = kTable<float>;
 extern const Kernels<double> kDoubleKernels = kTable<double>;

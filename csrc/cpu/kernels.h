@@ -41,7 +41,7 @@ struct PartialSums {
   double* loss;   // [1] sum of r^2
 };
 
-// Reads W, writes partial.
+// Reads W, writes partial and dx. Null: dweight or dx that nobody needs.
 template <typename T>
 struct OnePassChunk {
   Rows<T> batch;
@@ -51,6 +51,7 @@ struct OnePassChunk {
   int64_t O;
   double dy_scale;
   PartialSums<T> partial;
+  T* dx = nullptr;  // [rows, I] dL/dx, rows adjacent
 };
 
 // Adds `chunks` partial sums, in order, and updates W. Partial c lies c * chunk_stride elements
@@ -61,6 +62,16 @@ struct OnePassUpdate {
   int64_t chunks;
   int64_t chunk_stride;
   LinearParams<T> params;
+};
+
+// Adds `chunks` partial sums, in order, into dW.
+template <typename T>
+struct OnePassGrad {
+  const T* dweight;  // [chunks, O, partial_stride(I)]
+  int64_t chunks;
+  int64_t chunk_stride;
+  T* sum;  // [O, I]
+  int64_t I;
 };
 
 // Whole steps, one after the other on one thread, each a single chunk: step k takes the next
@@ -107,6 +118,9 @@ struct Kernels {
   // Rows [o_begin, o_end) of W, columns [i_begin, i_end).
   void (*one_pass_update)(const OnePassUpdate<T>&, int64_t o_begin, int64_t o_end, int64_t i_begin,
                           int64_t i_end);
+  // Rows and columns of dW likewise.
+  void (*one_pass_grad)(const OnePassGrad<T>&, int64_t o_begin, int64_t o_end, int64_t i_begin,
+                        int64_t i_end);
   void (*serial_steps)(const SerialSteps<T>&);
   void (*residual_chunk)(const ResidualChunk<T>&);
   void (*sgd)(const SgdPass<T>&);

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
-// The one-pass plan: each tile of rows is read for y and, while it is in cache, again for dW.
-// Included once per instruction set (see simd.h).
+// The one-pass plan: each tile of rows is read for y and, while it is in cache, again for dW; its
+// dx needs only dL/dy and W. Included once per instruction set (see simd.h).
 
 namespace FUSED_STEP_ISA {
 
@@ -228,6 +228,57 @@ FUSED_STEP_INLINE void tile_outer(const OnePassChunk<T>& a, const T* x, int64_t 
   if (i < a.I) outer_columns<T, kOneOutput, 1, true>(a, x, rows, nullptr, dy, i, first_tile);
 }
 
+// dx[kRows, kVecs vectors] = dy W. `kTail`: the one vector has only the first lanes.
+template <typename T, int kRows, int kVecs, bool kTail>
+FUSED_STEP_INLINE void input_grad_block(const OnePassChunk<T>& a,
+                                        const T* dy,  // [O, kMaxTileRows], from the first row on
+                                        int64_t i, const FirstLanes<T>& lanes,
+                                        T* dx) {  // [kRows, I], from column i on
+  Vec<T> acc[kRows][kVecs];
+  for (auto& row : acc) {
+    for (auto& v : row) v = Vec<T>{};
+  }
+  for (int64_t o = 0; o < a.O; ++o) {
+    const T* const weight = a.weight + o * a.I + i;
+    Vec<T> w[kVecs];
+    for (int v = 0; v < kVecs; ++v) {
+      w[v] = kTail ? load_first(weight, lanes) : load(weight + v * kLanes<T>);
+    }
+    for (int r = 0; r < kRows; ++r) {
+      const Vec<T> dy_r = splat(dy[o * kMaxTileRows + r]);
+      for (int v = 0; v < kVecs; ++v) acc[r][v] += w[v] * dy_r;
+    }
+  }
+  for (int r = 0; r < kRows; ++r) {
+    for (int v = 0; v < kVecs; ++v) {
+      T* const out = dx + r * a.I + v * kLanes<T>;
+      kTail ? store_first(out, acc[r][v], lanes) : store(out, acc[r][v]);
+    }
+  }
+}
+
+template <typename T, int kRows>
+FUSED_STEP_INLINE void input_grad_rows(const OnePassChunk<T>& a, const T* dy, T* dx) {
+  // 4 x 2 accumulators, beside which W and dy find room in 16 registers.
+  constexpr int kVecs = 2;
+  int64_t i = 0;
+  for (; i + kVecs * kLanes<T> <= a.I; i += kVecs * kLanes<T>) {
+    input_grad_block<T, kRows, kVecs, false>(a, dy, i, FirstLanes<T>{}, dx + i);
+  }
+  for (; i + kLanes<T> <= a.I; i += kLanes<T>) {
+    input_grad_block<T, kRows, 1, false>(a, dy, i, FirstLanes<T>{}, dx + i);
+  }
+  if (i < a.I) input_grad_block<T, kRows, 1, true>(a, dy, i, first_lanes<T>(a.I - i), dx + i);
+}
+
+template <typename T>
+FUSED_STEP_INLINE void tile_input_grads(const OnePassChunk<T>& a, int64_t rows, const T* dy,
+                                        T* dx) {  // [rows, I]
+  int64_t row = 0;
+  for (; row + 4 <= rows; row += 4) input_grad_rows<T, 4>(a, dy + row, dx + row * a.I);
+  for (; row < rows; ++row) input_grad_rows<T, 1>(a, dy + row, dx + row * a.I);
+}
+
 template <typename T, bool kOneOutput>
 FUSED_STEP_INLINE void one_pass_tiles(const OnePassChunk<T>& a) {
   const int64_t tile = tile_rows(a.I, sizeof(T));
@@ -242,7 +293,8 @@ FUSED_STEP_INLINE void one_pass_tiles(const OnePassChunk<T>& a) {
     const T* const next = prefetch ? x + n * b.x_stride : nullptr;
     tile_products<T, kOneOutput>(a, x, n, dy);
     tile_residuals(a, b.target + row * b.target_stride, n, dy);
-    tile_outer<T, kOneOutput>(a, x, n, next, dy, row == 0);
+    if (a.partial.dweight != nullptr) tile_outer<T, kOneOutput>(a, x, n, next, dy, row == 0);
+    if (a.dx != nullptr) tile_input_grads(a, n, dy, a.dx + row * a.I);
   }
 }
 
@@ -250,24 +302,45 @@ template <typename T>
 void one_pass_chunk(const OnePassChunk<T>& a) {
   *a.partial.loss = 0.0;
   for (int64_t o = 0; o < a.O; ++o) a.partial.dbias[o] = 0.0;
-  if (a.batch.rows == 0) {
+  if (a.batch.rows == 0 && a.partial.dweight != nullptr) {
     for (int64_t k = 0; k < a.O * partial_stride(a.I); ++k) a.partial.dweight[k] = T(0);
   }
   a.O == 1 ? one_pass_tiles<T, true>(a) : one_pass_tiles<T, false>(a);
 }
 
-// Columns [i, i + kVecs vectors) of row o, or those up to i_end (kVecs = 0).
+// The sum of all chunks, in order, from `partial` on.
+template <typename T, int kCount>
+FUSED_STEP_INLINE void sum_chunks(const T* partial, int64_t chunks, int64_t chunk_stride,
+                                  Vec<T> (&sum)[kCount]) {
+  for (int v = 0; v < kCount; ++v) sum[v] = load(partial + v * kLanes<T>);
+  for (int64_t chunk = 1; chunk < chunks; ++chunk) {
+    partial += chunk_stride;
+    for (int v = 0; v < kCount; ++v) sum[v] += load(partial + v * kLanes<T>);
+  }
+}
+
+// Calls block(o, i, kVecs) for columns [i, i + kVecs vectors) of row o, and with kVecs = 0 for
+// those up to i_end, fewer than a vector.
+template <typename T, typename Block>
+FUSED_STEP_INLINE void for_each_block(int64_t o_begin, int64_t o_end, int64_t i_begin,
+                                      int64_t i_end, const Block& block) {
+  for (int64_t o = o_begin; o < o_end; ++o) {
+    int64_t i = i_begin;
+    for (; i + 4 * kLanes<T> <= i_end; i += 4 * kLanes<T>) {
+      block(o, i, std::integral_constant<int, 4>());
+    }
+    for (; i + kLanes<T> <= i_end; i += kLanes<T>) block(o, i, std::integral_constant<int, 1>());
+    if (i < i_end) block(o, i, std::integral_constant<int, 0>());
+  }
+}
+
 template <typename T, int kVecs>
 FUSED_STEP_INLINE void update_columns(const OnePassUpdate<T>& a, const SgdCoefficients<T>& c,
                                       int64_t o, int64_t i, int64_t i_end) {
   constexpr int kCount = kVecs > 0 ? kVecs : 1;
-  const T* partial = a.dweight + o * partial_stride(a.params.I) + i;
   Vec<T> grad[kCount];
-  for (int v = 0; v < kCount; ++v) grad[v] = load(partial + v * kLanes<T>);
-  for (int64_t chunk = 1; chunk < a.chunks; ++chunk) {
-    partial += a.chunk_stride;
-    for (int v = 0; v < kCount; ++v) grad[v] += load(partial + v * kLanes<T>);
-  }
+  sum_chunks<T, kCount>(a.dweight + o * partial_stride(a.params.I) + i, a.chunks, a.chunk_stride,
+                        grad);
   const FirstLanes<T> lanes = first_lanes<T>(kVecs > 0 ? kLanes<T> : i_end - i);
   for (int v = 0; v < kCount; ++v) {
     const int64_t at = o * a.params.I + i + v * kLanes<T>;
@@ -290,12 +363,30 @@ template <typename T>
 void one_pass_update(const OnePassUpdate<T>& a, int64_t o_begin, int64_t o_end, int64_t i_begin,
                      int64_t i_end) {
   const SgdCoefficients<T> c = sgd_coefficients<T>(a.params.weight_options);
-  for (int64_t o = o_begin; o < o_end; ++o) {
-    int64_t i = i_begin;
-    for (; i + 4 * kLanes<T> <= i_end; i += 4 * kLanes<T>) update_columns<T, 4>(a, c, o, i, i_end);
-    for (; i + kLanes<T> <= i_end; i += kLanes<T>) update_columns<T, 1>(a, c, o, i, i_end);
-    if (i < i_end) update_columns<T, 0>(a, c, o, i, i_end);
+  for_each_block<T>(o_begin, o_end, i_begin, i_end, [&](int64_t o, int64_t i, auto vecs) {
+    update_columns<T, decltype(vecs)::value>(a, c, o, i, i_end);
+  });
+}
+
+template <typename T, int kVecs>
+FUSED_STEP_INLINE void grad_columns(const OnePassGrad<T>& a, int64_t o, int64_t i, int64_t i_end) {
+  constexpr int kCount = kVecs > 0 ? kVecs : 1;
+  Vec<T> grad[kCount];
+  sum_chunks<T, kCount>(a.dweight + o * partial_stride(a.I) + i, a.chunks, a.chunk_stride, grad);
+  T* const out = a.sum + o * a.I + i;
+  if constexpr (kVecs > 0) {
+    for (int v = 0; v < kCount; ++v) store(out + v * kLanes<T>, grad[v]);
+  } else {
+    store_first(out, grad[0], first_lanes<T>(i_end - i));
   }
+}
+
+template <typename T>
+void one_pass_grad(const OnePassGrad<T>& a, int64_t o_begin, int64_t o_end, int64_t i_begin,
+                   int64_t i_end) {
+  for_each_block<T>(o_begin, o_end, i_begin, i_end, [&](int64_t o, int64_t i, auto vecs) {
+    grad_columns<T, decltype(vecs)::value>(a, o, i, i_end);
+  });
 }
 
 }  // namespace FUSED_STEP_ISA

@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: MIT
+"""Time of the loss and the gradients of a linear layer on the CPU, against PyTorch.
+
+Usage: python benchmarks/bench_loss.py [--quick] [--cases NAME,...] [--rounds N] [--out DIR]
+"""
+
+from __future__ import annotations
+
+import functools
+
+from harness import driver, floors, memory
+from harness.case import Case
+from harness.contestant import Contestant
+from harness.loss_steps import Compiled, LossAndGradients, fused_loss, torch_loss
+
+# The targets name contestants by key: see contestants() below, and Target in harness/case.py.
+CASES = tuple(
+    Case(*sizes, (f"loss >= {limit}x eager", f"loss >= {limit}x compiled"))
+    for sizes, limit in (
+        ((64, 13, 1), 1.5),
+        ((4096, 1024, 1), 2),
+        ((65536, 256, 1), 1.6),
+        ((8192, 1024, 16), 1.4),
+        ((1024, 1024, 1024), 1.0),
+    )
+)
+
+
+def contestants(threads: int) -> list[Contestant]:
+    return [
+        LossAndGradients("eager", "F.mse_loss(F.linear)", torch_loss),
+        Compiled("compiled", "F.mse_loss(F.linear), compiled", torch_loss),
+        LossAndGradients("loss", "linear_mse_loss", fused_loss, ours=True),
+        LossAndGradients("loss_again", "linear_mse_loss, again", fused_loss, "A/A", ours=True),
+        Compiled("loss_compiled", "linear_mse_loss, compiled", fused_loss),
+        floors.ReadFloor("floor_read", "floor: one read of x"),
+        floors.GemmFloor("floor_gemm", "floor: two GEMMs"),
+    ]
+
+
+if __name__ == "__main__":
+    driver.run(
+        "loss",
+        __doc__.splitlines()[0],
+        CASES,
+        contestants,
+        "loss",
+        "loss_again",
+        functools.partial(memory.measure, of="loss"),
+    )

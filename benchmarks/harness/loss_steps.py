@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: MIT
+"""Loss and gradients of a linear layer as contestants: forward and backward, no optimizer.
+
+The input needs no gradient, as that of a first layer; `.grad` is None at every start, as after
+zero_grad().
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from harness.case import Data
+from harness.contestant import InProcess, Trajectory, Unavailable
+from harness.torch_steps import linear_parameters, make_linear
+
+Loss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def torch_loss(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, target: torch.Tensor
+) -> torch.Tensor:
+    return F.mse_loss(F.linear(x, weight, bias), target)
+
+
+def fused_loss(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, target: torch.Tensor
+) -> torch.Tensor:
+    try:
+        from fused_step import linear_mse_loss
+    except ImportError as error:
+        raise Unavailable(f"fused_step cannot be imported: {error}") from None
+    return linear_mse_loss(x, weight, target, linear_bias=bias)
+
+
+def make_step(model: torch.nn.Linear, loss_of: Loss) -> Callable[[Any, Any], Any]:
+    """`step(x, target)` that leaves fresh gradients in the model and returns the loss."""
+    weight, bias = model.weight, model.bias
+
+    def step(x: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        weight.grad = bias.grad = None
+        loss = loss_of(x, weight, bias, target)
+        loss.backward()
+        return loss
+
+    return step
+
+
+class LossAndGradients(InProcess):
+    """Forward and backward. In the check, gradients that were off would lead the weights astray."""
+
+    def __init__(self, key: str, label: str, loss_of: Loss, note: str = "", ours: bool = False):
+        super().__init__(key, label, note)
+        self._loss_of = loss_of
+        self.ours = ours
+
+    def build(self, data: Data) -> Callable[[Any, Any], Any]:
+        self._model = make_linear(data)
+        self._rate = data.case.learning_rate
+        return make_step(self._model, self._loss_of)
+
+    def trajectory(self, steps: int) -> Trajectory:
+        x, target = self._arguments
+        losses = []
+        for _ in range(steps):
+            losses.append(self._call(x, target).item())
+            with torch.no_grad():
+                for p in self._model.parameters():
+                    p.sub_(self._rate * p.grad)
+        return Trajectory(np.array(losses), *linear_parameters(self._model))
+
+    def release(self) -> None:
+        super().release()
+        self._model = None
+
+
+class Compiled(LossAndGradients):
+    """The same by torch.compile's default backend."""
+
+    def build(self, data: Data) -> Callable[[Any, Any], Any]:
+        torch._dynamo.reset()
+        self._model = make_linear(data)
+        self._rate = data.case.learning_rate
+        return make_step(self._model, torch.compile(self._loss_of, fullgraph=True, dynamic=False))

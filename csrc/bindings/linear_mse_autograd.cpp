@@ -1,0 +1,229 @@
+// SPDX-License-Identifier: MIT
+// The derivative of fused_step::linear_mse_loss. The gradients are made with the loss, without the
+// factor that the backward pass brings; it multiplies by that factor and rounds once.
+//
+// A node of its own, as PyTorch's built-in operators have one, and not an autograd.Function: it
+// unpacks what it needs and nothing else. A weight that was changed in place after the forward pass
+// stops a second derivative, as it must, and not the plain backward, which has no use for it.
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/linear.h>
+#include <ATen/ops/mm.h>
+#include <ATen/ops/mul.h>
+#include <ATen/ops/neg.h>
+#include <ATen/ops/sub.h>
+#include <ATen/ops/sum.h>
+#include <ATen/ops/zeros_like.h>
+#include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
+#include <torch/csrc/autograd/function.h>
+#include <torch/csrc/autograd/functions/utils.h>
+#include <torch/csrc/autograd/saved_variable.h>
+#include <torch/library.h>
+
+#include <array>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <type_traits>
+#include <utility>
+
+#include "bindings/linear_mse.h"
+
+namespace fused_step {
+namespace {
+
+using torch::autograd::SavedVariable;
+using torch::autograd::variable_list;
+
+// Positions of the operands, and of their gradients.
+enum Operand : size_t { kInput, kWeight, kBias, kTarget, kOperands };
+
+c10::SymInt rows_in(const at::Tensor& t) {
+  c10::SymInt rows = 1;
+  for (int64_t d = 0; d + 1 < t.dim(); ++d) rows = rows * t.sym_size(d);
+  return rows;
+}
+
+at::Tensor as_matrix(const at::Tensor& t) { return t.reshape_symint({rows_in(t), t.sym_size(-1)}); }
+
+// From dL/dy and the operands: used where a derivative of it may be asked for, and under "none".
+struct Gradients {
+  at::Tensor dy;  // [*, O]
+
+  at::Tensor of_input(const at::Tensor& input, const at::Tensor& weight) const {
+    return at::mm(as_matrix(dy), weight).reshape_symint(input.sym_sizes());
+  }
+  at::Tensor of_weight(const at::Tensor& input) const {
+    return at::mm(as_matrix(dy).t(), as_matrix(input));
+  }
+  at::Tensor of_bias() const { return as_matrix(dy).sum(0); }
+  at::Tensor of_target() const { return at::neg(dy); }
+};
+
+class LinearMseBackward : public torch::autograd::Node {
+ public:
+  void save(const at::Tensor& input, const at::Tensor& weight,
+            const std::optional<at::Tensor>& bias, const at::Tensor& target,
+            std::string_view reduction, const LinearMseResult& result) {
+    const auto& [loss, dinput, dweight, dbias, residual] = result;
+    operands_[kInput] = SavedVariable(input, false);
+    operands_[kWeight] = SavedVariable(weight, false);
+    operands_[kTarget] = SavedVariable(target, false);
+    has_bias_ = bias.has_value();
+    if (has_bias_) operands_[kBias] = SavedVariable(*bias, false);
+    none_ = reduction == "none";
+    mean_ = reduction == "mean";
+    numel_ = target.sym_numel();
+    if (should_compute_output(kTarget) || none_) residual_ = SavedVariable(residual, false);
+    if (none_) return;
+    const std::array<const at::Tensor*, 3> stash = {&dinput, &dweight, &dbias};
+    for (size_t k = 0; k < stash.size(); ++k) {
+      if (should_compute_output(k)) stash_[k] = SavedVariable(*stash[k], false);
+    }
+  }
+
+  std::string name() const override { return "LinearMseBackward"; }
+
+  void release_variables() override {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    for (SavedVariable& t : operands_) t.reset_data();
+    for (SavedVariable& t : stash_) t.reset_data();
+    residual_.reset_data();
+  }
+
+  variable_list apply(variable_list&& grads) override {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    variable_list wanted(kOperands);
+    const at::Tensor& grad = grads[0];
+    if (!grad.defined()) return wanted;
+    if (at::GradMode::is_enabled()) {
+      differentiable(grad, wanted);
+    } else if (none_) {
+      from_residual(grad, wanted);
+    } else {
+      from_stash(grad, wanted);
+    }
+    return wanted;
+  }
+
+ private:
+  // s * dL/dloss of dL/dy = s * dL/dloss * r.
+  at::Tensor dy_factor(const at::Tensor& grad) const {
+    return mean_ ? at::mul(grad, at::Scalar(2.0 / numel_)) : at::mul(grad, 2.0);
+  }
+
+  void from_stash(const at::Tensor& grad, variable_list& wanted) const {
+    // Nothing to sum over: zeros, whatever the factor (2 / 0) may be.
+    const bool empty = numel_ == 0;
+    const at::Tensor factor = empty ? at::Tensor() : dy_factor(grad);
+    const auto scaled = [&](const SavedVariable& saved) {
+      const at::Tensor t = saved.unpack();
+      return empty ? at::zeros_like(t) : at::mul(t, factor);
+    };
+    for (size_t k = 0; k < stash_.size(); ++k) {
+      if (task_should_compute_output(k)) wanted[k] = scaled(stash_[k]);
+    }
+    if (task_should_compute_output(kTarget)) wanted[kTarget] = at::neg(scaled(residual_));
+  }
+
+  void from_residual(const at::Tensor& grad, variable_list& wanted) const {
+    fill({at::mul(residual_.unpack(), dy_factor(grad))}, wanted);
+  }
+
+  void differentiable(const at::Tensor& grad, variable_list& wanted) const {
+    const at::Tensor target = operands_[kTarget].unpack();
+    const std::optional<at::Tensor> bias =
+        has_bias_ ? std::optional<at::Tensor>(operands_[kBias].unpack()) : std::nullopt;
+    const at::Tensor y = at::linear(operands_[kInput].unpack(), operands_[kWeight].unpack(), bias);
+    const at::Tensor residual = at::sub(y, target);
+    fill({numel_ == 0 ? residual : at::mul(residual, dy_factor(grad))}, wanted);
+  }
+
+  void fill(const Gradients& gradients, variable_list& wanted) const {
+    if (task_should_compute_output(kInput)) {
+      wanted[kInput] = gradients.of_input(operands_[kInput].unpack(), operands_[kWeight].unpack());
+    }
+    if (task_should_compute_output(kWeight)) {
+      wanted[kWeight] = gradients.of_weight(operands_[kInput].unpack());
+    }
+    if (task_should_compute_output(kBias)) wanted[kBias] = gradients.of_bias();
+    if (task_should_compute_output(kTarget)) wanted[kTarget] = gradients.of_target();
+  }
+
+  std::array<SavedVariable, kOperands> operands_;
+  std::array<SavedVariable, 3> stash_;  // gradients of input, weight and bias, without the factor
+  SavedVariable residual_;
+  c10::SymInt numel_;
+  bool has_bias_ = false, mean_ = false, none_ = false;
+};
+
+using NodePtr = std::remove_cvref_t<decltype(std::declval<const at::Tensor&>().grad_fn())>;
+
+// Older versions of torch hold nodes by std::shared_ptr. A template, so that only the branch of
+// this version is compiled.
+template <typename Pointer, typename Made = LinearMseBackward>
+auto make_node() {
+  if constexpr (std::is_same_v<Pointer, std::shared_ptr<torch::autograd::Node>>) {
+    return std::make_shared<Made>();
+  } else {
+    return c10::make_intrusive<Made>();
+  }
+}
+
+LinearMseResult call_linear_mse(const at::Tensor& input, const at::Tensor& weight,
+                                const std::optional<at::Tensor>& bias, const at::Tensor& target,
+                                std::string_view reduction, bool need_dinput, bool need_dweight,
+                                bool need_dbias, bool need_residual) {
+  static const auto op =
+      c10::Dispatcher::singleton().findSchemaOrThrow(kLinearMse, "").typed<LinearMseSignature>();
+  return op.call(input, weight, bias, target, reduction, need_dinput, need_dweight, need_dbias,
+                 need_residual);
+}
+
+// Where nothing is differentiated.
+at::Tensor linear_mse_loss(const at::Tensor& input, const at::Tensor& weight,
+                           const std::optional<at::Tensor>& bias, const at::Tensor& target,
+                           std::string_view reduction) {
+  return std::get<0>(
+      call_linear_mse(input, weight, bias, target, reduction, false, false, false, false));
+}
+
+at::Tensor linear_mse_loss_autograd(const at::Tensor& input, const at::Tensor& weight,
+                                    const std::optional<at::Tensor>& bias, const at::Tensor& target,
+                                    std::string_view reduction) {
+  for (const std::optional<at::Tensor>& t :
+       {std::optional(input), std::optional(weight), bias, std::optional(target)}) {
+    TORCH_CHECK_NOT_IMPLEMENTED(!torch::autograd::isFwGradDefined(t), kLinearMse,
+                                ": has no forward-mode derivative");
+  }
+  const bool record = torch::autograd::compute_requires_grad(input, weight, bias, target);
+  const auto needs = [&](const at::Tensor& t) { return record && t.requires_grad(); };
+  LinearMseResult result;
+  {
+    const at::AutoDispatchBelowADInplaceOrView below;
+    result = call_linear_mse(input, weight, bias, target, reduction, needs(input), needs(weight),
+                             bias.has_value() && needs(*bias),
+                             needs(target) || (record && reduction == "none"));
+  }
+  at::Tensor& loss = std::get<0>(result);
+  if (record) {
+    const auto node = make_node<NodePtr>();
+    node->set_next_edges(torch::autograd::collect_next_edges(input, weight, bias, target));
+    node->save(input, weight, bias, target, reduction, result);
+    torch::autograd::set_history(loss, node);
+  }
+  return loss;
+}
+
+}  // namespace
+}  // namespace fused_step
+
+TORCH_LIBRARY_IMPL(fused_step, CompositeExplicitAutograd, m) {
+  m.impl("linear_mse_loss", &fused_step::linear_mse_loss);
+}
+
+// linear_mse itself has no derivative: a gradient that would flow through it says so.
+TORCH_LIBRARY_IMPL(fused_step, Autograd, m) {
+  m.impl("linear_mse_loss", &fused_step::linear_mse_loss_autograd);
+  m.impl("linear_mse", torch::autograd::autogradNotImplementedFallback());
+}

@@ -1,0 +1,140 @@
+// SPDX-License-Identifier: MIT
+// Loss and gradients of a linear layer on the CPU, by the passes of the whole step.
+#include "bindings/linear_mse.h"
+
+#include <ATen/ops/_unsafe_view.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/mm.h>
+#include <ATen/ops/square.h>
+#include <torch/library.h>
+
+#include "bindings/linear_mse_passes.h"
+#include "core/mse_math.h"
+#include "cpu/kernels.h"
+#include "cpu/policy.h"
+
+namespace fused_step {
+namespace {
+
+// Rows, and the results that rows are turned into; undefined what is not needed.
+struct Batch {
+  at::Tensor x;       // [B, I]
+  at::Tensor weight;  // [O, I] contiguous
+  at::Tensor bias;    // [O] contiguous
+  at::Tensor target;  // [B, O]
+  at::Tensor loss;    // []
+  // Contiguous.
+  at::Tensor dx;        // [B, I]
+  at::Tensor dweight;   // [O, I]
+  at::Tensor dbias;     // [O]
+  at::Tensor residual;  // [B, O]
+  Reduction reduction = Reduction::kMean;
+
+  int64_t B() const { return x.size(0); }
+  int64_t I() const { return weight.size(1); }
+  int64_t O() const { return weight.size(0); }
+};
+
+template <typename T>
+const T* read(const at::Tensor& t) {
+  return t.defined() ? t.const_data_ptr<T>() : nullptr;
+}
+
+template <typename T>
+T* written(const at::Tensor& t) {
+  return t.defined() ? t.mutable_data_ptr<T>() : nullptr;
+}
+
+// Loss and db, from the partial sums of all chunks.
+template <typename T>
+void finish_sums(const Batch& b, const double* dbias, const double* loss, const RowChunks& cut) {
+  const int64_t stride = sums_stride(b.O());
+  *written<T>(b.loss) = static_cast<T>(sum_chunks(loss, cut.count, stride) *
+                                       mse_loss_scale(b.reduction, b.B(), b.O()));
+  if (!b.dbias.defined()) return;
+  T* const out = written<T>(b.dbias);
+  for (int64_t o = 0; o < b.O(); ++o) {
+    out[o] = static_cast<T>(sum_chunks(dbias + o, cut.count, stride));
+  }
+}
+
+template <typename T>
+void one_pass(const Batch& b) {
+  const int64_t I = b.I(), O = b.O();
+  const RowChunks cut = cut_rows(b.B(), cpu::one_pass_chunks({b.B(), I, O}));
+  Workspace workspace;
+  const cpu::PartialSums<T> partial =
+      reserve_partials<T>(workspace, cut.count, O, I, b.dweight.defined());
+  one_pass_sums<T>({rows_of<T>(b.x, b.target), read<T>(b.weight), read<T>(b.bias), I, O,
+                    /*dy_scale=*/1.0, partial, written<T>(b.dx)},
+                   cut);
+  if (b.dweight.defined()) {
+    const cpu::OnePassGrad<T> grad{partial.dweight, cut.count, dweight_stride(O, I),
+                                   written<T>(b.dweight), I};
+    for_each_weight(O, I, cut.count, [&](int64_t o, int64_t i, int64_t i_end) {
+      cpu::kernels<T>().one_pass_grad(grad, o, o + 1, i, i_end);
+    });
+  }
+  finish_sums<T>(b, partial.dbias, partial.loss, cut);
+}
+
+// The residual is made in the memory of y, which is given back when nobody asked for it.
+template <typename T>
+void gemm(Batch& b) {
+  const int64_t B = b.B(), O = b.O();
+  const RowChunks cut = cut_rows(B, cpu::residual_chunks(B, O));
+  Workspace workspace;
+  const cpu::PartialSums<T> sums = reserve_partials<T>(workspace, cut.count, O, b.I(), false);
+  at::Tensor r = b.residual.defined() ? b.residual : at::empty({B, O}, b.weight.options());
+  at::mm_out(r, b.x, b.weight.t());
+  residual_sums<T>({written<T>(r), read<T>(b.target), b.target.stride(0), read<T>(b.bias), B, O,
+                    /*dy_scale=*/1.0, sums.dbias, sums.loss},
+                   cut);
+  if (b.dweight.defined()) at::mm_out(b.dweight, r.t(), b.x);
+  if (b.dx.defined()) at::mm_out(b.dx, r, b.weight);
+  finish_sums<T>(b, sums.dbias, sums.loss, cut);
+}
+
+template <typename T>
+void compute(Batch& b) {
+  const cpu::Plan plan = cpu::choose_plan({b.B(), b.I(), b.O()}, static_cast<int64_t>(sizeof(T)));
+  // One-pass has each residual in registers only.
+  plan == cpu::Plan::kOnePass && !b.residual.defined() ? one_pass<T>(b) : gemm<T>(b);
+}
+
+LinearMseResult linear_mse_cpu(const at::Tensor& input, const at::Tensor& weight,
+                               const std::optional<at::Tensor>& bias, const at::Tensor& target,
+                               std::string_view reduction, bool need_dinput, bool need_dweight,
+                               bool need_dbias, bool need_residual) {
+  check_reduction(reduction);
+  check_linear_mse(input, weight, bias, target);
+  const BelowDispatcher below;
+  const int64_t O = weight.size(0), I = weight.size(1);
+  const bool none = reduction == "none";
+  const at::TensorOptions options = weight.options();
+  Batch b;
+  b.x = as_rows(input, I);
+  b.weight = weight.contiguous();
+  if (bias.has_value()) b.bias = bias->contiguous();
+  b.target = as_rows(target, O);
+  b.reduction = reduction == "mean" ? Reduction::kMean : Reduction::kSum;
+  b.loss = at::empty({}, options);
+  if (need_dinput && !none) b.dx = at::empty({b.B(), I}, options);
+  if (need_dweight && !none) b.dweight = at::empty({O, I}, options);
+  if (need_dbias && !none) b.dbias = at::empty({O}, options);
+  if (need_residual || none) b.residual = at::empty({b.B(), O}, options);
+  weight.scalar_type() == at::kFloat ? compute<float>(b) : compute<double>(b);
+
+  const auto result = [&](const at::Tensor& t, at::IntArrayRef sizes) {
+    return t.defined() ? at::_unsafe_view(t, sizes) : at::empty({0}, options);
+  };
+  const at::Tensor loss = none ? at::_unsafe_view(b.residual.square(), target.sizes()) : b.loss;
+  if (!need_residual) b.residual = at::Tensor();
+  return {loss, result(b.dx, input.sizes()), result(b.dweight, weight.sizes()),
+          result(b.dbias, {O}), result(b.residual, target.sizes())};
+}
+
+}  // namespace
+}  // namespace fused_step
+
+TORCH_LIBRARY_IMPL(fused_step, CPU, m) { m.impl("linear_mse", &fused_step::linear_mse_cpu); }

@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: MIT
+"""Door 2: the mean squared error of a linear layer, as one differentiable function."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.nn import Parameter
+
+from fused_step import _extension  # noqa: F401  registers the operators
+
+_OP = torch.ops.fused_step.linear_mse_loss.default
+_NAME = "fused_step::linear_mse"
+_DTYPES = (torch.float32, torch.float64)
+
+
+def linear_mse_loss(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    """The squared error of a linear layer: ``F.mse_loss(F.linear(input, W, b), target)`` in one.
+
+    Loss and gradients are made in the forward pass, which reads `input` once where the layer has
+    few outputs; the output of the layer is never stored. Only the gradients that are needed are
+    made; the backward pass multiplies them by that of the loss. Second derivatives, ``torch.func``
+    and ``torch.compile`` work.
+
+    The fused operator serves float32 and float64 tensors on the CPU. Everything else (other types
+    and devices, autocast, tensor subclasses, ``torch.func`` transforms, forward-mode derivatives)
+    is computed as the composition above, with its result.
+
+    Args:
+        input: [..., I], leading dimensions are rows.
+        linear_weight: [O, I].
+        target: [..., O], the shape of the layer's output exactly: it does not broadcast.
+        linear_bias: [O], or None.
+        reduction: "mean" or "sum" over all squared errors, or "none".
+
+    Returns:
+        The loss, 0-dim; [..., O] for "none". With no rows the mean is NaN and the gradients are
+        zeros, as in PyTorch.
+
+    Raises:
+        ValueError: a shape or device does not fit, `linear_weight` is a sharded DTensor, or
+            `reduction` is none of the three.
+        TypeError: the dtypes differ (unless autocast makes them equal).
+
+    Example:
+        >>> weight = torch.tensor([[1.0, 2.0]], requires_grad=True)
+        >>> loss = linear_mse_loss(torch.tensor([[3.0, 4.0]]), weight, torch.tensor([[10.0]]))
+        >>> loss.backward()
+        >>> loss.item(), weight.grad.tolist()
+        (1.0, [[6.0, 8.0]])
+    """
+    if _is_fused(input, linear_weight, linear_bias, target):
+        return _OP(input, linear_weight, linear_bias, target, reduction)
+    _check(input, linear_weight, target, linear_bias, reduction)
+    return F.mse_loss(F.linear(input, linear_weight, linear_bias), target, reduction=reduction)
+
+
+def _is_plain(t: Tensor) -> bool:
+    """Whether the operator takes `t`; what it does not take has a result or an error elsewhere."""
+    return (
+        (type(t) is Tensor or type(t) is Parameter)
+        and t.dtype in _DTYPES
+        and t.device.type == "cpu"
+        and t.layout is torch.strided
+    )
+
+
+def _is_fused(input: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor) -> bool:
+    if not (
+        _is_plain(input)
+        and _is_plain(weight)
+        and _is_plain(target)
+        and (bias is None or _is_plain(bias))
+    ):
+        return False
+    if torch.is_autocast_enabled("cpu"):
+        return False
+    if torch.compiler.is_compiling():
+        return True
+    return not torch._C._are_functorch_transforms_active() and forward_ad._current_level < 0
+
+
+def _autocasts(device_type: str) -> bool:
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+
+
+def _check(
+    input: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    reduction: str,
+) -> None:
+    """Raises what :func:`linear_mse_loss` raises, with the operator's words."""
+
+    def no(name: str, must: str, got: object) -> str:
+        return f"{_NAME}: {name} must {must}, got {got}"
+
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(no("reduction", "be 'mean', 'sum' or 'none'", repr(reduction)))
+    others = {"input": input, "target": target}
+    if bias is not None:
+        others["linear_bias"] = bias
+    for name, t in {"linear_weight": weight, **others}.items():
+        if not isinstance(t, Tensor):
+            raise TypeError(no(name, "be a torch.Tensor", type(t).__qualname__))
+    # A DTensor; its class is not named here, since importing it takes a second.
+    placements = getattr(weight, "placements", ())
+    if not all(placement.is_replicate() for placement in placements):
+        raise ValueError(no("linear_weight", "not be sharded", f"placements {placements}"))
+    for name, t in others.items():
+        if t.dtype != weight.dtype and not _autocasts(weight.device.type):
+            raise TypeError(no(name, f"have the dtype of linear_weight {weight.dtype}", t.dtype))
+        if t.device != weight.device:
+            raise ValueError(
+                no(name, f"be on the device of linear_weight {weight.device}", t.device)
+            )
+    if weight.dim() != 2:
+        raise ValueError(no("linear_weight", "have the shape [O, I]", list(weight.shape)))
+    O, I = weight.shape
+    if bias is not None and bias.shape != (O,):
+        raise ValueError(no("linear_bias", f"have the shape [{O}]", list(bias.shape)))
+    if input.dim() < 1 or input.shape[-1] != I:
+        must = f"have the shape [*, {I}] for linear_weight {list(weight.shape)}"
+        raise ValueError(no("input", must, list(input.shape)))
+    expected = (*input.shape[:-1], O)
+    if target.shape != expected:
+        must = f"have the shape of the output {list(expected)}"
+        raise ValueError(no("target", must, list(target.shape)))

@@ -1,0 +1,204 @@
+# SPDX-License-Identifier: MIT
+"""What linear_mse_loss refuses, and what it leaves to PyTorch's own operators."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from loss_oracle import LossProblem, fused_loss, torch_loss
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+import fused_step
+
+OP = torch.ops.fused_step.linear_mse_loss
+
+# What is wrong, where it is put, the error and what it says.
+WRONG = [
+    ("target", (3, 4), ValueError, r"target must have the shape of the output [4, 3], got [3, 4]"),
+    ("target", (4,), ValueError, "target must have the shape of the output [4, 3], got [4]"),
+    ("target", (3,), ValueError, "target must have the shape of the output [4, 3], got [3]"),
+    ("target", (4, 1), ValueError, "target must have the shape of the output [4, 3], got [4, 1]"),
+    ("target", (), ValueError, "target must have the shape of the output [4, 3], got []"),
+    (
+        "input",
+        (4, 6),
+        ValueError,
+        "input must have the shape [*, 5] for linear_weight [3, 5], got [4, 6]",
+    ),
+    ("input", (), ValueError, "input must have the shape [*, 5] for linear_weight [3, 5], got []"),
+    ("weight", (15,), ValueError, "linear_weight must have the shape [O, I], got [15]"),
+    ("weight", (3, 5, 1), ValueError, "linear_weight must have the shape [O, I], got [3, 5, 1]"),
+    ("bias", (4,), ValueError, "linear_bias must have the shape [3], got [4]"),
+    ("bias", (1, 3), ValueError, "linear_bias must have the shape [3], got [1, 3]"),
+    (
+        "reduction",
+        "average",
+        ValueError,
+        "reduction must be 'mean', 'sum' or 'none', got 'average'",
+    ),
+]
+
+
+def arguments(dtype: torch.dtype = torch.float32) -> dict[str, Any]:
+    problem = LossProblem.random(4, 5, 3, dtype=dtype)
+    return {
+        "input": problem.input,
+        "weight": problem.weight,
+        "bias": problem.bias,
+        "target": problem.target,
+        "reduction": "mean",
+    }
+
+
+def raises(given: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match="^fused_step::linear_mse: " + re.escape(message)):
+        fused_loss(**given)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fused", "composed"])
+@pytest.mark.parametrize(("name", "wrong", "error", "message"), WRONG, ids=lambda w: str(w)[:40])
+def test_wrong_argument_names_op_argument_expectation_and_what_was_got(
+    name, wrong, error, message, dtype
+):
+    given = arguments(dtype)
+    given[name] = torch.zeros(wrong, dtype=dtype) if isinstance(wrong, tuple) else wrong
+    raises(given, error, message)
+
+
+@pytest.mark.parametrize(("name", "wrong", "error", "message"), WRONG, ids=lambda w: str(w)[:40])
+def test_operator_raises_the_same_on_meta(name, wrong, error, message):
+    given = arguments()
+    given[name] = torch.zeros(wrong) if isinstance(wrong, tuple) else wrong
+    given = {k: v.to("meta") if isinstance(v, Tensor) else v for k, v in given.items()}
+    with pytest.raises(error, match="^fused_step::linear_mse: " + re.escape(message)):
+        OP(*given.values())
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        ("input", torch.float64),
+        ("target", torch.float64),
+        ("bias", torch.float64),
+        ("target", torch.bfloat16),
+        ("target", torch.int64),
+    ],
+    ids=str,
+)
+def test_mixed_dtypes_raise(name, dtype):
+    given = arguments()
+    given[name] = given[name].to(dtype)
+    shown = f"{'linear_' if name == 'bias' else ''}{name} must have the dtype of linear_weight"
+    raises(given, TypeError, shown)
+    with pytest.raises(TypeError, match=shown):
+        OP(*given.values())
+
+
+@pytest.mark.parametrize("name", ["input", "bias", "target"])
+def test_another_device_raises(name):
+    given = arguments()
+    given[name] = given[name].to("meta")
+    shown = f"{'linear_' if name == 'bias' else ''}{name}"
+    raises(given, ValueError, f"{shown} must be on the device of linear_weight cpu, got meta")
+
+
+def test_what_is_no_tensor_raises():
+    given = arguments()
+    given["target"] = [1.0, 2.0]
+    raises(given, TypeError, "target must be a torch.Tensor, got list")
+
+
+def test_operator_names_the_dtypes_that_it_takes():
+    given = {k: v.half() if isinstance(v, Tensor) else v for k, v in arguments().items()}
+    with pytest.raises(TypeError, match="linear_weight must be float32 or float64, got Half"):
+        OP(*given.values())
+
+
+def test_wrong_shape_raises_under_compile():
+    torch._dynamo.reset()
+    given = arguments()
+    given["target"] = torch.zeros(4, 1)
+    with pytest.raises(Exception, match="target must have the shape of the output"):
+        torch.compile(fused_loss, backend="aot_eager", fullgraph=True)(**given)
+
+
+@pytest.fixture
+def mesh():
+    store = dist.HashStore()
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+def test_sharded_weight_raises_and_replicated_does_not(mesh):
+    given = arguments()
+    expected = torch_loss(**given)
+    for name in ("input", "weight", "bias", "target"):
+        given[name] = distribute_tensor(given[name], mesh, [Replicate()])
+    torch.testing.assert_close(fused_loss(**given).full_tensor(), expected)
+    given["weight"] = distribute_tensor(given["weight"].full_tensor(), mesh, [Shard(0)])
+    raises(given, ValueError, "linear_weight must not be sharded, got placements (Shard(dim=0),)")
+
+
+# --- left to PyTorch ----------------------------------------------------------------------------
+
+
+def assert_composed(problem: LossProblem) -> None:
+    """Bit for bit PyTorch's, which the operator's result is not in general."""
+    ours, theirs = problem.evaluate(fused_loss), problem.evaluate(torch_loss)
+    for name, value in theirs.items():
+        assert ours[name].dtype == value.dtype
+        assert torch.equal(ours[name], value), name
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_other_dtypes_are_composed(dtype):
+    for reduction in ("mean", "sum", "none"):
+        assert_composed(LossProblem.random(37, 13, 3, dtype=dtype, reduction=reduction))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast_is_composed(dtype):
+    with torch.autocast("cpu", dtype=dtype):
+        problem = LossProblem.random(37, 13, 3)
+        assert_composed(problem)
+        found = problem.evaluate(fused_loss)
+    assert {t.dtype for t in found.values()} == {torch.float32}
+
+
+def test_tensor_subclass_is_composed():
+    class Logging(Tensor):
+        seen: list[str] = []  # noqa: RUF012
+
+        @classmethod
+        def __torch_function__(cls, func, types, args=(), kwargs=None):
+            cls.seen.append(getattr(func, "__name__", ""))
+            return super().__torch_function__(func, types, args, kwargs or {})
+
+    given = arguments()
+    given["weight"] = given["weight"].as_subclass(Logging)
+    loss = fused_loss(**given)
+    assert {"linear", "mse_loss"} <= set(Logging.seen)
+    assert torch.equal(loss.as_subclass(Tensor), torch_loss(**arguments()))
+
+
+def test_meta_tensors_give_a_loss_on_meta():
+    given = {k: v.to("meta") if isinstance(v, Tensor) else v for k, v in arguments().items()}
+    assert fused_loss(**given).device.type == "meta"
+    assert OP(*given.values()).shape == ()
+
+
+def test_inference_tensor_raises_what_torch_raises():
+    with torch.inference_mode():
+        x = torch.randn(4, 5)
+    weight, target = torch.randn(3, 5, requires_grad=True), torch.randn(4, 3)
+    for function in (fused_step.linear_mse_loss, lambda x, w, t: F.mse_loss(F.linear(x, w), t)):
+        with pytest.raises(RuntimeError, match="Inference tensors cannot be saved for backward"):
+            function(x, weight, target)
