@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Iterator
 
 import torch
@@ -155,6 +156,7 @@ class TrainStep:
 
         Raises:
             ValueError: `inputs` and `targets` differ in their rows, or a number is out of range.
+            TypeError: a number is no integer.
             ImportError: `progress` without tqdm.
         """
         for name, tensor in (("inputs", inputs), ("targets", targets)):
@@ -168,10 +170,10 @@ class TrainStep:
                 f"TrainStep.run: targets must have as many rows as inputs ({n}), "
                 f"got {targets.shape[0]}"
             )
+        epochs = _integer("epochs", epochs)
         if epochs < 0:
             raise ValueError(f"TrainStep.run: epochs must not be negative, got {epochs}")
-        if batch_size is None:
-            batch_size = max(n, 1)
+        batch_size = max(n, 1) if batch_size is None else _integer("batch_size", batch_size)
         if batch_size < 1:
             raise ValueError(f"TrainStep.run: batch_size must be at least 1, got {batch_size}")
 
@@ -199,6 +201,13 @@ class TrainStep:
         if not losses:
             return torch.empty(0, dtype=torch.get_default_dtype(), device=inputs.device)
         return torch.stack(losses)
+
+
+def _integer(name: str, value: int) -> int:
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"TrainStep.run: {name} must be an integer, got {value!r}") from None
 
 
 def _batches(

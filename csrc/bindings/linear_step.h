@@ -73,8 +73,8 @@ class LinearStep {
   cpu::Plan plan_ = cpu::Plan::kNone;
 };
 
-// `self`.step as a built-in function of two positional arguments, which costs a quarter of a call
-// through pybind11's dispatcher.
+// `self`.step as a built-in function of two positional arguments: for a small step the dispatch of
+// a pybind11 method is a good part of the time.
 pybind11::object step_function(const pybind11::object& self);
 
 }  // namespace fused_step
