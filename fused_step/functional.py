@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import Parameter
 
-from fused_step import _extension  # noqa: F401  registers the operators
+from fused_step._extension import _C
 
 _OP = torch.ops.fused_step.linear_mse_loss.default
 _NAME = "fused_step::linear_mse"
@@ -58,6 +58,10 @@ def linear_mse_loss(
         >>> loss.item(), weight.grad.tolist()
         (1.0, [[6.0, 8.0]])
     """
+    if not torch.compiler.is_compiling():
+        loss = _C.linear_mse_loss(input, linear_weight, linear_bias, target, reduction)
+        if loss is not None:
+            return loss
     if _is_fused(input, linear_weight, linear_bias, target):
         return _OP(input, linear_weight, linear_bias, target, reduction)
     _check(input, linear_weight, target, linear_bias, reduction)
