@@ -6,6 +6,8 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+from harness import curves
+
 
 def number(value: float) -> str:
     """Three significant digits, no exponent."""
@@ -283,11 +285,14 @@ def _panel(panel, case: dict, subject: str) -> None:
     panel.spines[["top", "right"]].set_visible(False)
 
 
-def write(result: dict, json_path: Path, out: Path | None = None) -> tuple[Path, Path]:
-    """Writes NAME.md and NAME.png beside the JSON, or into `out`."""
+def write(result: dict, json_path: Path, out: Path | None = None) -> list[Path]:
+    """Writes NAME.md and NAME.png beside the JSON, or into `out`; for a sweep its curves, too."""
     folder = json_path.parent if out is None else out
     folder.mkdir(parents=True, exist_ok=True)
     table, image = folder / f"{json_path.stem}.md", folder / f"{json_path.stem}.png"
     table.write_text(markdown(result))
-    picture(result, image)
-    return table, image
+    if curves.has_curves(result):
+        curves.picture(result, image)
+    else:
+        picture(result, image)
+    return [table, image]
