@@ -21,6 +21,7 @@ from torch.utils import cpp_extension
 CPU_SOURCES = [
     "csrc/bindings/linear_mse_autograd.cpp",
     "csrc/bindings/linear_mse_cpu.cpp",
+    "csrc/bindings/linear_mse_eager.cpp",
     "csrc/bindings/linear_mse_sgd_cpu.cpp",
     "csrc/bindings/linear_step.cpp",
     "csrc/bindings/module.cpp",

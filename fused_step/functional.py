@@ -6,10 +6,12 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._C._functorch import TransformType, get_interpreter_stack
 from torch.autograd import forward_ad
 from torch.nn import Parameter
 
-from fused_step import _extension  # noqa: F401  registers the operators
+from fused_step._extension import _C
+from fused_step.autograd import LinearMSEFunction
 
 _OP = torch.ops.fused_step.linear_mse_loss.default
 _NAME = "fused_step::linear_mse"
@@ -29,10 +31,11 @@ def linear_mse_loss(
     Loss and gradients are made in the forward pass, which reads `input` once where the layer has
     few outputs; the output of the layer is never stored. Only the gradients that are needed are
     made; the backward pass multiplies them by that of the loss. Second derivatives, ``torch.func``
-    and ``torch.compile`` work.
+    and ``torch.compile`` work. The derivative is an operator's, in C++; under ``torch.func`` it is
+    :class:`fused_step.autograd.LinearMSEFunction`, an ``autograd.Function``.
 
     The fused operator serves float32 and float64 tensors on the CPU. Everything else (other types
-    and devices, autocast, tensor subclasses, ``torch.func`` transforms, forward-mode derivatives)
+    and devices, autocast, tensor subclasses, ``vmap``, forward-mode derivatives)
     is computed as the composition above, with its result.
 
     Args:
@@ -58,8 +61,17 @@ def linear_mse_loss(
         >>> loss.item(), weight.grad.tolist()
         (1.0, [[6.0, 8.0]])
     """
-    if _is_fused(input, linear_weight, linear_bias, target):
-        return _OP(input, linear_weight, linear_bias, target, reduction)
+    if not torch.compiler.is_compiling():
+        loss = _C.linear_mse_loss(input, linear_weight, linear_bias, target, reduction)
+        if loss is not None:
+            return loss
+    if _is_served(input, linear_weight, linear_bias, target):
+        transforms = () if torch.compiler.is_compiling() else _transforms()
+        if not transforms:
+            return _OP(input, linear_weight, linear_bias, target, reduction)
+        if all(kind == TransformType.Grad for kind in transforms):
+            nested = len(transforms) > 1
+            return _by_function(input, linear_weight, linear_bias, target, reduction, nested)
     _check(input, linear_weight, target, linear_bias, reduction)
     return F.mse_loss(F.linear(input, linear_weight, linear_bias), target, reduction=reduction)
 
@@ -74,19 +86,29 @@ def _is_plain(t: Tensor) -> bool:
     )
 
 
-def _is_fused(input: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor) -> bool:
-    if not (
+def _is_served(input: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor) -> bool:
+    return (
         _is_plain(input)
         and _is_plain(weight)
         and _is_plain(target)
         and (bias is None or _is_plain(bias))
-    ):
-        return False
-    if torch.is_autocast_enabled("cpu"):
-        return False
-    if torch.compiler.is_compiling():
-        return True
-    return not torch._C._are_functorch_transforms_active() and forward_ad._current_level < 0
+        and not torch.is_autocast_enabled("cpu")
+        and (torch.compiler.is_compiling() or forward_ad._current_level < 0)
+    )
+
+
+def _transforms() -> list[TransformType]:
+    """The kinds of the ``torch.func`` transforms that are at work, from the outermost."""
+    return [interpreter.key() for interpreter in get_interpreter_stack() or ()]
+
+
+def _by_function(
+    input: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, reduction: str, nested: bool
+) -> Tensor:
+    # Of nested transforms only the innermost shows in requires_grad.
+    needs = [t is not None and (nested or t.requires_grad) for t in (input, weight, bias, target)]
+    needs[3] |= reduction == "none" and any(needs)
+    return LinearMSEFunction.apply(input, weight, bias, target, reduction, *needs)[0]
 
 
 def _autocasts(device_type: str) -> bool:

@@ -25,6 +25,15 @@ using LinearMseSignature = LinearMseResult(const at::Tensor& input, const at::Te
                                            bool need_dinput, bool need_dweight, bool need_dbias,
                                            bool need_residual);
 
+// The loss with its derivative: fused_step::linear_mse_loss where something may require grad.
+at::Tensor linear_mse_loss_autograd(const at::Tensor& input, const at::Tensor& weight,
+                                    const std::optional<at::Tensor>& bias, const at::Tensor& target,
+                                    std::string_view reduction);
+
+inline bool is_fused_dtype(at::ScalarType dtype) {
+  return dtype == at::kFloat || dtype == at::kDouble;
+}
+
 inline void check_reduction(std::string_view reduction) {
   TORCH_CHECK_VALUE(reduction == "mean" || reduction == "sum" || reduction == "none", kLinearMse,
                     ": reduction must be 'mean', 'sum' or 'none', got '", reduction, "'");
@@ -34,7 +43,7 @@ inline void check_reduction(std::string_view reduction) {
 inline void check_linear_mse(const at::Tensor& input, const at::Tensor& weight,
                              const std::optional<at::Tensor>& bias, const at::Tensor& target) {
   const at::ScalarType dtype = weight.scalar_type();
-  TORCH_CHECK_TYPE(dtype == at::kFloat || dtype == at::kDouble, kLinearMse,
+  TORCH_CHECK_TYPE(is_fused_dtype(dtype), kLinearMse,
                    ": linear_weight must be float32 or float64, got ", dtype);
   const auto check_like_weight = [&](const char* name, const at::Tensor& t) {
     TORCH_CHECK_TYPE(t.scalar_type() == dtype, kLinearMse, ": ", name,

@@ -18,6 +18,7 @@
 #include <torch/csrc/autograd/function.h>
 #include <torch/csrc/autograd/functions/utils.h>
 #include <torch/csrc/autograd/saved_variable.h>
+#include <torch/csrc/dynamo/compiled_autograd.h>
 #include <torch/library.h>
 
 #include <array>
@@ -74,6 +75,7 @@ class LinearMseBackward : public torch::autograd::Node {
     none_ = reduction == "none";
     mean_ = reduction == "mean";
     numel_ = target.sym_numel();
+    empty_ = numel_ == 0;
     if (should_compute_output(kTarget) || none_) residual_ = SavedVariable(residual, false);
     if (none_) return;
     const std::array<const at::Tensor*, 3> stash = {&dinput, &dweight, &dbias};
@@ -89,6 +91,29 @@ class LinearMseBackward : public torch::autograd::Node {
     for (SavedVariable& t : operands_) t.reset_data();
     for (SavedVariable& t : stash_) t.reset_data();
     residual_.reset_data();
+  }
+
+  // Compiled autograd: what a compiled backward pass depends on, and a trace of apply().
+  void compiled_args(torch::dynamo::autograd::CompiledNodeArgs& args) const override {
+    for (const SavedVariable& t : operands_) args.collect(t, /*is_output=*/false);
+    for (const SavedVariable& t : stash_) args.collect(t, /*is_output=*/false);
+    args.collect(residual_, /*is_output=*/false);
+    args.collect(numel_);
+    for (const bool flag : {has_bias_, mean_, none_, empty_}) args.collect(flag);
+  }
+
+  variable_list apply_with_saved(const variable_list& grads,
+                                 torch::dynamo::autograd::SwapSavedVariables& saved) override {
+    const auto each = [&](const auto& visit) {
+      for (SavedVariable& t : operands_) visit(t);
+      for (SavedVariable& t : stash_) visit(t);
+      visit(residual_);
+      visit(numel_);
+    };
+    each([&](auto& value) { saved.before(value); });
+    variable_list wanted = apply(variable_list(grads));
+    each([&](auto& value) { saved.after(value); });
+    return wanted;
   }
 
   variable_list apply(variable_list&& grads) override {
@@ -114,11 +139,10 @@ class LinearMseBackward : public torch::autograd::Node {
 
   void from_stash(const at::Tensor& grad, variable_list& wanted) const {
     // Nothing to sum over: zeros, whatever the factor (2 / 0) may be.
-    const bool empty = numel_ == 0;
-    const at::Tensor factor = empty ? at::Tensor() : dy_factor(grad);
+    const at::Tensor factor = empty_ ? at::Tensor() : dy_factor(grad);
     const auto scaled = [&](const SavedVariable& saved) {
       const at::Tensor t = saved.unpack();
-      return empty ? at::zeros_like(t) : at::mul(t, factor);
+      return empty_ ? at::zeros_like(t) : at::mul(t, factor);
     };
     for (size_t k = 0; k < stash_.size(); ++k) {
       if (task_should_compute_output(k)) wanted[k] = scaled(stash_[k]);
@@ -136,7 +160,7 @@ class LinearMseBackward : public torch::autograd::Node {
         has_bias_ ? std::optional<at::Tensor>(operands_[kBias].unpack()) : std::nullopt;
     const at::Tensor y = at::linear(operands_[kInput].unpack(), operands_[kWeight].unpack(), bias);
     const at::Tensor residual = at::sub(y, target);
-    fill({numel_ == 0 ? residual : at::mul(residual, dy_factor(grad))}, wanted);
+    fill({empty_ ? residual : at::mul(residual, dy_factor(grad))}, wanted);
   }
 
   void fill(const Gradients& gradients, variable_list& wanted) const {
@@ -154,7 +178,7 @@ class LinearMseBackward : public torch::autograd::Node {
   std::array<SavedVariable, 3> stash_;  // gradients of input, weight and bias, without the factor
   SavedVariable residual_;
   c10::SymInt numel_;
-  bool has_bias_ = false, mean_ = false, none_ = false;
+  bool has_bias_ = false, mean_ = false, none_ = false, empty_ = false;
 };
 
 using NodePtr = std::remove_cvref_t<decltype(std::declval<const at::Tensor&>().grad_fn())>;
@@ -188,6 +212,8 @@ at::Tensor linear_mse_loss(const at::Tensor& input, const at::Tensor& weight,
       call_linear_mse(input, weight, bias, target, reduction, false, false, false, false));
 }
 
+}  // namespace
+
 at::Tensor linear_mse_loss_autograd(const at::Tensor& input, const at::Tensor& weight,
                                     const std::optional<at::Tensor>& bias, const at::Tensor& target,
                                     std::string_view reduction) {
@@ -215,7 +241,6 @@ at::Tensor linear_mse_loss_autograd(const at::Tensor& input, const at::Tensor& w
   return loss;
 }
 
-}  // namespace
 }  // namespace fused_step
 
 TORCH_LIBRARY_IMPL(fused_step, CompositeExplicitAutograd, m) {

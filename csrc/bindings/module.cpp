@@ -12,6 +12,7 @@
 #include <thread>
 #include <vector>
 
+#include "bindings/linear_mse_eager.h"
 #include "bindings/linear_step.h"
 #include "bindings/python_objects.h"
 #include "cpu/kernels.h"
@@ -76,6 +77,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("use_isa", &fused_step::use_isa, py::arg("name"),
         "Uses another instruction set from now on; for tests.");
 
+  m.attr("linear_mse_loss") = fused_step::linear_mse_loss_function();
   m.def(
       "set_linear_mse_loss", [](py::type type) { fused_step::set_linear_mse_loss(type.ptr()); },
       py::arg("type"), "Makes the class known that LinearStep takes with a loss of None.");
