@@ -34,35 +34,56 @@ void narrow_row(const float* from, S* to, int64_t n) {
   }
 }
 
+// x as it is stored, or widened. Not inlined: one copy serves both types then.
+template <bool kOneOutput, typename X>
+__attribute__((noinline)) void widened_tile(const OnePassChunk<float>& a, const X* x,
+                                            const float* target, int64_t rows, NextTile next,
+                                            bool first_tile, float* dx) {
+  alignas(64) float dy[(kOneOutput ? 1 : kMaxOnePassOutputs) * kMaxTileRows];
+  one_pass_tile<float, kOneOutput>(a, x, target, rows, next, first_tile, dy, dx);
+}
+
 template <typename S>
 void widened_chunk(const WidenedChunk<S>& a) {
   const int64_t I = a.chunk.I, O = a.chunk.O, rows = a.chunk.batch.rows;
   const int64_t tile = tile_rows(I, sizeof(float));
-  float* const x = a.panel;
-  float* const target = x + tile * I;
-  clear_sums(a.chunk);
+  const auto row_bytes = a.x_stride * static_cast<int64_t>(sizeof(S));
+  const bool prefetch = comes_from_memory(rows, I, O, sizeof(S));
+  float* const panel = a.panel;
+  float* const target_panel = panel + tile * I;
+  OnePassChunk<float> chunk = a.chunk;
+  chunk.batch.x_stride = O == 1 ? a.x_stride : I;
+  if (a.target != nullptr) chunk.batch.target_stride = O;
+  clear_sums(chunk);
   for (int64_t row = 0; row < rows; row += tile) {
     const int64_t n = std::min(tile, rows - row);
-    OnePassChunk<float> part = a.chunk;
-    part.batch.rows = n;
-    widen_rows<S>({a.x + row * a.x_stride, a.x_stride, n, I, x});
-    part.batch.x = x;
-    part.batch.x_stride = I;
+    const S* const x = a.x + row * a.x_stride;
+    const float* target = target_panel;
     if (a.target != nullptr) {
-      widen_rows<S>({a.target + row * a.target_stride, a.target_stride, n, O, target});
-      part.batch.target = target;
-      part.batch.target_stride = O;
+      widen_rows<S>({a.target + row * a.target_stride, a.target_stride, n, O, target_panel});
     } else {
-      part.batch.target += row * part.batch.target_stride;
+      target = chunk.batch.target + row * chunk.batch.target_stride;
     }
-    if constexpr (std::is_same_v<Unscaled<S>, float>) {
-      part.dx = a.dx != nullptr ? a.dx + row * I : nullptr;
-      one_pass_rows(part, row == 0);
+    const NextTile next{prefetch ? reinterpret_cast<const char*>(x) + n * row_bytes : nullptr,
+                        row_bytes};
+    // A dx that is rounded is made in the panel, after the last use of x.
+    constexpr bool kRounded = !std::is_same_v<Unscaled<S>, float>;
+    float* dx = nullptr;
+    if (a.dx != nullptr) {
+      if constexpr (kRounded) {
+        dx = panel;
+      } else {
+        dx = a.dx + row * I;
+      }
+    }
+    if (O == 1) {  // x is read twice: as often as it would be to widen it and use it once
+      widened_tile<true>(chunk, x, target, n, next, row == 0, dx);
     } else {
-      // dx is made of dL/dy and W, after the last use of x: in its memory.
-      part.dx = a.dx != nullptr ? x : nullptr;
-      one_pass_rows(part, row == 0);
-      if (a.dx != nullptr) narrow_row(x, a.dx + row * I, n * I);
+      widen_rows<S>({x, a.x_stride, n, I, panel});
+      widened_tile<false>(chunk, panel, target, n, next, row == 0, dx);
+    }
+    if constexpr (kRounded) {
+      if (dx != nullptr) narrow_row(panel, a.dx + row * I, n * I);
     }
   }
 }
