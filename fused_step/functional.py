@@ -10,12 +10,13 @@ from torch._C._functorch import TransformType, get_interpreter_stack
 from torch.autograd import forward_ad
 from torch.nn import Parameter
 
+from fused_step import _autocast
 from fused_step._extension import _C
 from fused_step.autograd import LinearMSEFunction
 
 _OP = torch.ops.fused_step.linear_mse_loss.default
 _NAME = "fused_step::linear_mse"
-_DTYPES = (torch.float32, torch.float64)
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def linear_mse_loss(
@@ -34,9 +35,10 @@ def linear_mse_loss(
     and ``torch.compile`` work. The derivative is an operator's, in C++; under ``torch.func`` it is
     :class:`fused_step.autograd.LinearMSEFunction`, an ``autograd.Function``.
 
-    The fused operator serves float32 and float64 tensors on the CPU. Everything else (other types
-    and devices, autocast, tensor subclasses, ``vmap``, forward-mode derivatives)
-    is computed as the composition above, with its result.
+    The fused operator serves float32, float64, bfloat16 and float16 tensors on the CPU, and these
+    types under autocast. Of 16-bit types the sums are made in float32, and each result is rounded
+    once. Everything else (other types and devices, tensor subclasses, ``vmap``, forward-mode
+    derivatives) is computed as the composition above, with its result.
 
     Args:
         input: [..., I], leading dimensions are rows.
@@ -68,8 +70,12 @@ def linear_mse_loss(
     if _is_served(input, linear_weight, linear_bias, target):
         transforms = () if torch.compiler.is_compiling() else _transforms()
         if not transforms:
-            return _OP(input, linear_weight, linear_bias, target, reduction)
-        if all(kind == TransformType.Grad for kind in transforms):
+            operands = (input, linear_weight, linear_bias, target)
+            if torch.is_autocast_enabled("cpu"):
+                operands = _autocast.operands(*operands)
+            if operands is not None:
+                return _OP(*operands, reduction)
+        elif all(kind == TransformType.Grad for kind in transforms) and _is_wide(linear_weight):
             nested = len(transforms) > 1
             return _by_function(input, linear_weight, linear_bias, target, reduction, nested)
     _check(input, linear_weight, target, linear_bias, reduction)
@@ -92,9 +98,14 @@ def _is_served(input: Tensor, weight: Tensor, bias: Tensor | None, target: Tenso
         and _is_plain(weight)
         and _is_plain(target)
         and (bias is None or _is_plain(bias))
-        and not torch.is_autocast_enabled("cpu")
+        and (input.dtype == weight.dtype or torch.is_autocast_enabled("cpu"))
         and (torch.compiler.is_compiling() or forward_ad._current_level < 0)
     )
+
+
+def _is_wide(weight: Tensor) -> bool:
+    """Whether the derivative in Python serves: it takes no 16-bit types, and no autocast."""
+    return weight.dtype in _DTYPES[:2] and not torch.is_autocast_enabled("cpu")
 
 
 def _transforms() -> list[TransformType]:

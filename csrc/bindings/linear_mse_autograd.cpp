@@ -14,6 +14,7 @@
 #include <ATen/ops/sub.h>
 #include <ATen/ops/sum.h>
 #include <ATen/ops/zeros_like.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/csrc/autograd/function.h>
 #include <torch/csrc/autograd/functions/utils.h>
@@ -28,6 +29,7 @@
 #include <type_traits>
 #include <utility>
 
+#include "bindings/dtypes.h"
 #include "bindings/linear_mse.h"
 
 namespace fused_step {
@@ -45,6 +47,10 @@ c10::SymInt rows_in(const at::Tensor& t) {
   return rows;
 }
 
+// Nothing is computed in 16 bit. A gradient that comes out in float the autograd engine rounds,
+// once, to the dtype of what it is the gradient of.
+at::Tensor widened(const at::Tensor& t) { return t.to(accum_dtype(t.scalar_type())); }
+
 at::Tensor as_matrix(const at::Tensor& t) { return t.reshape_symint({rows_in(t), t.sym_size(-1)}); }
 
 // From dL/dy and the operands: used where a derivative of it may be asked for, and under "none".
@@ -52,10 +58,10 @@ struct Gradients {
   at::Tensor dy;  // [*, O]
 
   at::Tensor of_input(const at::Tensor& input, const at::Tensor& weight) const {
-    return at::mm(as_matrix(dy), weight).reshape_symint(input.sym_sizes());
+    return at::mm(as_matrix(dy), widened(weight)).reshape_symint(input.sym_sizes());
   }
   at::Tensor of_weight(const at::Tensor& input) const {
-    return at::mm(as_matrix(dy).t(), as_matrix(input));
+    return at::mm(as_matrix(dy).t(), as_matrix(widened(input)));
   }
   at::Tensor of_bias() const { return as_matrix(dy).sum(0); }
   at::Tensor of_target() const { return at::neg(dy); }
@@ -118,6 +124,7 @@ class LinearMseBackward : public torch::autograd::Node {
 
   variable_list apply(variable_list&& grads) override {
     const std::lock_guard<std::mutex> lock(mutex_);
+    const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
     variable_list wanted(kOperands);
     const at::Tensor& grad = grads[0];
     if (!grad.defined()) return wanted;
@@ -134,7 +141,8 @@ class LinearMseBackward : public torch::autograd::Node {
  private:
   // s * dL/dloss of dL/dy = s * dL/dloss * r.
   at::Tensor dy_factor(const at::Tensor& grad) const {
-    return mean_ ? at::mul(grad, at::Scalar(2.0 / numel_)) : at::mul(grad, 2.0);
+    const at::Tensor wide = widened(grad);
+    return mean_ ? at::mul(wide, at::Scalar(2.0 / numel_)) : at::mul(wide, 2.0);
   }
 
   void from_stash(const at::Tensor& grad, variable_list& wanted) const {
@@ -142,6 +150,7 @@ class LinearMseBackward : public torch::autograd::Node {
     const at::Tensor factor = empty_ ? at::Tensor() : dy_factor(grad);
     const auto scaled = [&](const SavedVariable& saved) {
       const at::Tensor t = saved.unpack();
+      // With a factor of no dimensions a 16-bit tensor is multiplied in float and rounded once.
       return empty_ ? at::zeros_like(t) : at::mul(t, factor);
     };
     for (size_t k = 0; k < stash_.size(); ++k) {
@@ -157,8 +166,9 @@ class LinearMseBackward : public torch::autograd::Node {
   void differentiable(const at::Tensor& grad, variable_list& wanted) const {
     const at::Tensor target = operands_[kTarget].unpack();
     const std::optional<at::Tensor> bias =
-        has_bias_ ? std::optional<at::Tensor>(operands_[kBias].unpack()) : std::nullopt;
-    const at::Tensor y = at::linear(operands_[kInput].unpack(), operands_[kWeight].unpack(), bias);
+        has_bias_ ? std::optional<at::Tensor>(widened(operands_[kBias].unpack())) : std::nullopt;
+    const at::Tensor y =
+        at::linear(widened(operands_[kInput].unpack()), widened(operands_[kWeight].unpack()), bias);
     const at::Tensor residual = at::sub(y, target);
     fill({empty_ ? residual : at::mul(residual, dy_factor(grad))}, wanted);
   }

@@ -49,7 +49,9 @@ PyObject* call_linear_mse_loss(PyObject*, PyObject* const* args, Py_ssize_t coun
                   *const target = args[3], *const reduction = args[4];
   if (!is_ordinary_world() || !is_ordinary(input) || !is_ordinary(weight) || !is_ordinary(target) ||
       (bias != Py_None && !is_ordinary(bias)) || !PyUnicode_CheckExact(reduction) ||
-      !is_fused_dtype(THPVariable_Unpack(weight).scalar_type())) {
+      !is_fused_dtype(THPVariable_Unpack(weight).scalar_type()) ||
+      // Of two dtypes only under autocast.
+      THPVariable_Unpack(input).scalar_type() != THPVariable_Unpack(weight).scalar_type()) {
     Py_RETURN_NONE;
   }
   Py_ssize_t length = 0;

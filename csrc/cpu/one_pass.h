@@ -49,13 +49,13 @@ FUSED_STEP_INLINE void add_products(const X& x, const W& weight, int64_t i,
 
 // Dot products of the block's rows with its rows of W; lane p * kRows + row. In a ragged block the
 // lanes of missing rows and outputs are of no use.
-template <typename T, bool kOneOutput, bool kRagged>
-FUSED_STEP_INLINE Vec<T> dot_block(const T* x,  // [rows, I]
+template <typename T, bool kOneOutput, bool kRagged, typename X>
+FUSED_STEP_INLINE Vec<T> dot_block(const X* x,  // [rows, I]
                                    int64_t x_stride, int rows,
                                    const T* weight,  // [outputs, I]
                                    int outputs, int64_t I) {
   constexpr int kRows = kDotRows<T, kOneOutput>, kOutputs = kDotOutputs<T, kOneOutput>;
-  const BlockRows<T, kRows, kRagged> x_rows(x, x_stride, rows);
+  const BlockRows<X, kRows, kRagged> x_rows(x, x_stride, rows);
   const BlockRows<T, kOutputs, kRagged> w_rows(weight, I, outputs);
   Vec<T> acc[kLanes<T>];
   for (auto& a : acc) a = Vec<T>{};
@@ -84,13 +84,13 @@ FUSED_STEP_INLINE void store_sums(const Vec<T>& sums, int outputs,
 }
 
 // products[o * kMaxTileRows + row] = x_row . W_o.
-template <typename T, bool kOneOutput>
-FUSED_STEP_INLINE void tile_products(const OnePassChunk<T>& a, const T* x, int64_t rows,
+template <typename T, bool kOneOutput, typename X>
+FUSED_STEP_INLINE void tile_products(const OnePassChunk<T>& a, const X* x, int64_t rows,
                                      T* products) {
   constexpr int kRows = kDotRows<T, kOneOutput>, kOutputs = kDotOutputs<T, kOneOutput>;
   const int64_t x_stride = a.batch.x_stride;
   for (int64_t row = 0; row < rows; row += kRows) {
-    const T* const block = x + row * x_stride;
+    const X* const block = x + row * x_stride;
     const int n = static_cast<int>(std::min<int64_t>(kRows, rows - row));
     for (int64_t o = 0; o < a.O; o += kOutputs) {
       const T* const weight = a.weight + o * a.I;
@@ -136,12 +136,18 @@ FUSED_STEP_INLINE void tile_residuals(const OnePassChunk<T>& a, const T* target,
 template <int kOutputs, int kVecs>
 constexpr int kRowSplit = kOutputs * kVecs >= 8 ? 1 : (kOutputs * kVecs >= 4 ? 2 : 4);
 
+// The tile of x after this one, as it is stored; null: not to be prefetched.
+struct NextTile {
+  const char* at;
+  int64_t row_bytes;
+};
+
 // dW[kOutputs, kVecs vectors] (+)= dy^T x over the rows of a tile; the tile is summed first and
 // then added, which bounds the error by rows/tile + tile rather than by rows. `kTail`: the one
-// vector has only the first lanes of x; dweight's rows are padded to whole vectors. `prefetch`, if
-// not null: one line of each row of the next tile.
-template <typename T, int kOutputs, int kVecs, bool kTail>
-FUSED_STEP_INLINE void outer_block(const T* x, int64_t x_stride, int64_t rows, const T* prefetch,
+// vector has only the first lanes of x; dweight's rows are padded to whole vectors. Of each row of
+// the next tile one line is prefetched.
+template <typename T, int kOutputs, int kVecs, bool kTail, typename X>
+FUSED_STEP_INLINE void outer_block(const X* x, int64_t x_stride, int64_t rows, NextTile next,
                                    const T* dy,  // [kOutputs, kMaxTileRows]
                                    const FirstLanes<T>& lanes, bool first_tile,
                                    T* dweight,  // [kOutputs, stride]
@@ -156,7 +162,7 @@ FUSED_STEP_INLINE void outer_block(const T* x, int64_t x_stride, int64_t rows, c
   const auto add_row = [&](int64_t row, Vec<T>(&part)[kOutputs][kVecs]) {
     Vec<T> x_row[kVecs];
     for (int v = 0; v < kVecs; ++v) {
-      const T* const at = x + row * x_stride + v * kLanes<T>;
+      const X* const at = x + row * x_stride + v * kLanes<T>;
       x_row[v] = kTail ? load_first(at, lanes) : load(at);
     }
     for (int p = 0; p < kOutputs; ++p) {
@@ -165,10 +171,10 @@ FUSED_STEP_INLINE void outer_block(const T* x, int64_t x_stride, int64_t rows, c
     }
   };
   int64_t row = 0;
-  if (prefetch != nullptr) {
+  if (next.at != nullptr) {
     for (; row + kSplit <= rows; row += kSplit) {
       for (int k = 0; k < kSplit; ++k) {
-        __builtin_prefetch(prefetch + (row + k) * x_stride);
+        __builtin_prefetch(next.at + (row + k) * next.row_bytes);
         add_row(row + k, acc[k]);
       }
     }
@@ -187,45 +193,45 @@ FUSED_STEP_INLINE void outer_block(const T* x, int64_t x_stride, int64_t rows, c
 }
 
 // All outputs of kVecs vectors of columns from i on, four outputs at a time.
-template <typename T, bool kOneOutput, int kVecs, bool kTail = false>
-FUSED_STEP_INLINE void outer_columns(const OnePassChunk<T>& a, const T* x, int64_t rows,
-                                     const T* prefetch, const T* dy, int64_t i, bool first_tile) {
+template <typename T, bool kOneOutput, int kVecs, bool kTail = false, typename X>
+FUSED_STEP_INLINE void outer_columns(const OnePassChunk<T>& a, const X* x, int64_t rows,
+                                     NextTile next, const T* dy, int64_t i, bool first_tile) {
   const int64_t stride = partial_stride(a.I), x_stride = a.batch.x_stride;
   const FirstLanes<T> lanes = first_lanes<T>(kTail ? a.I - i : kLanes<T>);
   T* const dweight = a.partial.dweight + i;
   int64_t o = 0;
   if constexpr (!kOneOutput) {
     for (; o + 4 <= a.O; o += 4) {
-      outer_block<T, 4, kVecs, kTail>(x + i, x_stride, rows, o == 0 ? prefetch : nullptr,
+      outer_block<T, 4, kVecs, kTail>(x + i, x_stride, rows, o == 0 ? next : NextTile{},
                                       dy + o * kMaxTileRows, lanes, first_tile,
                                       dweight + o * stride, stride);
     }
   }
   for (; o < a.O; ++o) {
-    outer_block<T, 1, kVecs, kTail>(x + i, x_stride, rows, o == 0 ? prefetch : nullptr,
+    outer_block<T, 1, kVecs, kTail>(x + i, x_stride, rows, o == 0 ? next : NextTile{},
                                     dy + o * kMaxTileRows, lanes, first_tile, dweight + o * stride,
                                     stride);
   }
 }
 
-// `next`, if not null, is the tile after this one. Each block of columns prefetches one line of
-// each of its rows, from the first on. With one output these are a quarter of the tile, about what
-// memory delivers during this phase; the y phase then runs at the speed of memory by itself.
-template <typename T, bool kOneOutput>
-FUSED_STEP_INLINE void tile_outer(const OnePassChunk<T>& a, const T* x, int64_t rows, const T* next,
+// Each block of columns prefetches one line of each row of the next tile, from the first on. With
+// one output these are a quarter of the tile (half of a 16-bit one), about what memory delivers
+// during this phase; the y phase then runs at the speed of memory by itself.
+template <typename T, bool kOneOutput, typename X>
+FUSED_STEP_INLINE void tile_outer(const OnePassChunk<T>& a, const X* x, int64_t rows, NextTile next,
                                   const T* dy, bool first_tile) {
   // Accumulators: 1 x 8 or 4 x 2 vectors, beside which x and dy find room in 16 registers.
   constexpr int kVecs = kOneOutput ? 8 : 2;
-  constexpr int64_t kLine = 64 / static_cast<int64_t>(sizeof(T));
+  constexpr int64_t kLine = 64;
   int64_t i = 0;
   for (; i + kVecs * kLanes<T> <= a.I; i += kVecs * kLanes<T>) {
     outer_columns<T, kOneOutput, kVecs>(a, x, rows, next, dy, i, first_tile);
-    if (next != nullptr) next += kLine;
+    if (next.at != nullptr) next.at += kLine;
   }
   for (; i + kLanes<T> <= a.I; i += kLanes<T>) {
-    outer_columns<T, kOneOutput, 1>(a, x, rows, nullptr, dy, i, first_tile);
+    outer_columns<T, kOneOutput, 1>(a, x, rows, NextTile{}, dy, i, first_tile);
   }
-  if (i < a.I) outer_columns<T, kOneOutput, 1, true>(a, x, rows, nullptr, dy, i, first_tile);
+  if (i < a.I) outer_columns<T, kOneOutput, 1, true>(a, x, rows, NextTile{}, dy, i, first_tile);
 }
 
 // dx[kRows, kVecs vectors] = dy W. `kTail`: the one vector has only the first lanes.
@@ -279,32 +285,55 @@ FUSED_STEP_INLINE void tile_input_grads(const OnePassChunk<T>& a, int64_t rows, 
   for (; row < rows; ++row) input_grad_rows<T, 1>(a, dy + row, dx + row * a.I);
 }
 
+// Whether the rows of a chunk are worth prefetching.
+FUSED_STEP_INLINE bool comes_from_memory(int64_t rows, int64_t I, int64_t O,
+                                         int64_t element_bytes) {
+  return O <= kPrefetchMaxOutputs && rows * I * element_bytes >= kPrefetchMinBytes;
+}
+
+// One tile; adds its sums to those of the tiles before, the first of which sets dW. x may be 16
+// bit.
+template <typename T, bool kOneOutput, typename X>
+FUSED_STEP_INLINE void one_pass_tile(const OnePassChunk<T>& a, const X* x, const T* target,
+                                     int64_t rows, NextTile next, bool first_tile,
+                                     T* dy,  // workspace: [O, kMaxTileRows]
+                                     T* dx) {
+  tile_products<T, kOneOutput>(a, x, rows, dy);
+  tile_residuals(a, target, rows, dy);
+  if (a.partial.dweight != nullptr) tile_outer<T, kOneOutput>(a, x, rows, next, dy, first_tile);
+  if (dx != nullptr) tile_input_grads(a, rows, dy, dx);
+}
+
 template <typename T, bool kOneOutput>
 FUSED_STEP_INLINE void one_pass_tiles(const OnePassChunk<T>& a) {
   const int64_t tile = tile_rows(a.I, sizeof(T));
   const Rows<T>& b = a.batch;
-  const bool prefetch = a.O <= kPrefetchMaxOutputs &&
-                        b.rows * a.I * static_cast<int64_t>(sizeof(T)) >= kPrefetchMinBytes;
+  const auto row_bytes = b.x_stride * static_cast<int64_t>(sizeof(T));
+  const bool prefetch = comes_from_memory(b.rows, a.I, a.O, sizeof(T));
   alignas(64) T dy[(kOneOutput ? 1 : kMaxOnePassOutputs) * kMaxTileRows];
   for (int64_t row = 0; row < b.rows; row += tile) {
     const int64_t n = std::min(tile, b.rows - row);
     const T* const x = b.x + row * b.x_stride;
     // Past the chunk's end it is the first tile of the next chunk, or nobody's: harmless.
-    const T* const next = prefetch ? x + n * b.x_stride : nullptr;
-    tile_products<T, kOneOutput>(a, x, n, dy);
-    tile_residuals(a, b.target + row * b.target_stride, n, dy);
-    if (a.partial.dweight != nullptr) tile_outer<T, kOneOutput>(a, x, n, next, dy, row == 0);
-    if (a.dx != nullptr) tile_input_grads(a, n, dy, a.dx + row * a.I);
+    const NextTile next{prefetch ? reinterpret_cast<const char*>(x) + n * row_bytes : nullptr,
+                        row_bytes};
+    one_pass_tile<T, kOneOutput>(a, x, b.target + row * b.target_stride, n, next, row == 0, dy,
+                                 a.dx != nullptr ? a.dx + row * a.I : nullptr);
   }
 }
 
 template <typename T>
-void one_pass_chunk(const OnePassChunk<T>& a) {
+FUSED_STEP_INLINE void clear_sums(const OnePassChunk<T>& a) {
   *a.partial.loss = 0.0;
   for (int64_t o = 0; o < a.O; ++o) a.partial.dbias[o] = 0.0;
   if (a.batch.rows == 0 && a.partial.dweight != nullptr) {
     for (int64_t k = 0; k < a.O * partial_stride(a.I); ++k) a.partial.dweight[k] = T(0);
   }
+}
+
+template <typename T>
+void one_pass_chunk(const OnePassChunk<T>& a) {
+  clear_sums(a);
   a.O == 1 ? one_pass_tiles<T, true>(a) : one_pass_tiles<T, false>(a);
 }
 
@@ -334,9 +363,10 @@ FUSED_STEP_INLINE void for_each_block(int64_t o_begin, int64_t o_end, int64_t i_
   }
 }
 
-template <typename T, int kVecs>
-FUSED_STEP_INLINE void update_columns(const OnePassUpdate<T>& a, const SgdCoefficients<T>& c,
+template <typename S, int kVecs>
+FUSED_STEP_INLINE void update_columns(const OnePassUpdate<S>& a, const SgdCoefficients<Accum<S>>& c,
                                       int64_t o, int64_t i, int64_t i_end) {
+  using T = Accum<S>;
   constexpr int kCount = kVecs > 0 ? kVecs : 1;
   Vec<T> grad[kCount];
   sum_chunks<T, kCount>(a.dweight + o * partial_stride(a.params.I) + i, a.chunks, a.chunk_stride,
@@ -344,8 +374,8 @@ FUSED_STEP_INLINE void update_columns(const OnePassUpdate<T>& a, const SgdCoeffi
   const FirstLanes<T> lanes = first_lanes<T>(kVecs > 0 ? kLanes<T> : i_end - i);
   for (int v = 0; v < kCount; ++v) {
     const int64_t at = o * a.params.I + i + v * kLanes<T>;
-    T* const weight = a.params.weight + at;
-    T* const momentum = c.has_momentum ? a.params.weight_buf + at : nullptr;
+    S* const weight = a.params.weight + at;
+    S* const momentum = c.has_momentum ? a.params.weight_buf + at : nullptr;
     Vec<T> buf{};
     if constexpr (kVecs > 0) {
       if (c.has_momentum && !c.first_step) buf = load(momentum);
@@ -359,12 +389,13 @@ FUSED_STEP_INLINE void update_columns(const OnePassUpdate<T>& a, const SgdCoeffi
   }
 }
 
-template <typename T>
-void one_pass_update(const OnePassUpdate<T>& a, int64_t o_begin, int64_t o_end, int64_t i_begin,
+template <typename S>
+void one_pass_update(const OnePassUpdate<S>& a, int64_t o_begin, int64_t o_end, int64_t i_begin,
                      int64_t i_end) {
+  using T = Accum<S>;
   const SgdCoefficients<T> c = sgd_coefficients<T>(a.params.weight_options);
   for_each_block<T>(o_begin, o_end, i_begin, i_end, [&](int64_t o, int64_t i, auto vecs) {
-    update_columns<T, decltype(vecs)::value>(a, c, o, i, i_end);
+    update_columns<S, decltype(vecs)::value>(a, c, o, i, i_end);
   });
 }
 
