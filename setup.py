@@ -35,7 +35,14 @@ CPU_SOURCES = [
     "csrc/cpu/isa_avx512.cpp",
     "csrc/cpu/isa_baseline.cpp",
 ]
-CUDA_SOURCES: list[str] = []
+CUDA_SOURCES: list[str] = [
+    "csrc/cuda/one_pass.cu",
+    "csrc/cuda/one_pass_grad.cu",
+    "csrc/cuda/one_pass_step.cu",
+    "csrc/cuda/residual.cu",
+    "csrc/cuda/sgd_update.cu",
+    "csrc/cuda/tiny_steps.cu",
+]
 
 COMPILE_FLAGS = [
     "-O3",
