@@ -9,11 +9,12 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import Parameter
 
-from fused_step import _extension  # noqa: F401  registers the operators
+from fused_step._extension import _C  # registers the operators, too
 
 _OP = torch.ops.fused_step.linear_mse_loss.default
 _NAME = "fused_step::linear_mse"
 _DTYPES = (torch.float32, torch.float64)
+_DEVICES = ("cpu", "cuda") if hasattr(_C, "cuda_archs") else ("cpu",)
 
 
 def linear_mse_loss(
@@ -31,9 +32,9 @@ def linear_mse_loss(
     made; the backward pass multiplies them by that of the loss. Second derivatives, ``torch.func``
     and ``torch.compile`` work.
 
-    The fused operator serves float32 and float64 tensors on the CPU. Everything else (other types
-    and devices, autocast, tensor subclasses, ``torch.func`` transforms, forward-mode derivatives)
-    is computed as the composition above, with its result.
+    The fused operator serves float32 and float64 tensors on the CPU and, in builds with CUDA, on
+    GPUs. Everything else (other types and devices, autocast, tensor subclasses, ``torch.func``
+    transforms, forward-mode derivatives) is computed as the composition above, with its result.
 
     Args:
         input: [..., I], leading dimensions are rows.
@@ -69,9 +70,14 @@ def _is_plain(t: Tensor) -> bool:
     return (
         (type(t) is Tensor or type(t) is Parameter)
         and t.dtype in _DTYPES
-        and t.device.type == "cpu"
+        and t.device.type in _DEVICES
         and t.layout is torch.strided
     )
+
+
+def _is_served(device: torch.device) -> bool:
+    # A compiler cannot look into _C, and a GPU too old for the kernels has no compiler either.
+    return device.type == "cpu" or torch.compiler.is_compiling() or _C.serves(device)
 
 
 def _is_fused(input: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor) -> bool:
@@ -82,7 +88,7 @@ def _is_fused(input: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor
         and (bias is None or _is_plain(bias))
     ):
         return False
-    if torch.is_autocast_enabled("cpu"):
+    if not _is_served(input.device) or torch.is_autocast_enabled(input.device.type):
         return False
     if torch.compiler.is_compiling():
         return True

@@ -21,7 +21,8 @@ bool check_world(Verdict& v) {
   }
   const c10::impl::LocalDispatchKeySet keys = c10::impl::tls_local_dispatch_key_set();
   if (keys.included_ != c10::default_included_set || keys.excluded_ != c10::default_excluded_set) {
-    const bool autocast = at::autocast::is_autocast_enabled(at::kCPU);
+    const bool autocast =
+        at::autocast::is_autocast_enabled(at::kCPU) || at::autocast::is_autocast_enabled(at::kCUDA);
     if (v.against(autocast ? "autocast is on"
                            : "a mode is on that changes the dispatch of operators (functorch, "
                              "tracing, a dispatch mode, inference_mode)")) {
