@@ -6,18 +6,21 @@ PYTHON ?= python3
 VENV ?= .venv
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
+# A second environment, whose torch has CUDA.
+CUDA_VENV ?= .venv-cuda
+CUDA_TREE := build/cuda
 
 BIN := $(VENV)/bin
 CSRC := $(shell find csrc -type f)
 CPP_FORMATTED := $(shell find csrc tests benchmarks -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help demo test lint format sanitize bench build clean
+.PHONY: help demo test lint format sanitize bench build cuda-build clean
 .DELETE_ON_ERROR:
 # pip runs one at a time in one environment.
 .NOTPARALLEL:
 
 help:  ## list the targets
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 demo: $(VENV)/.demo build  ## train a linear model on real data, plain and fused
 	$(BIN)/python examples/diabetes.py
@@ -42,6 +45,15 @@ bench: $(VENV)/.bench build  ## measure (BENCH_ARGS="..." goes to the script)
 	$(BIN)/python benchmarks/bench_cpu.py $(BENCH_ARGS)
 
 build: $(VENV)/.built  ## compile the extension and install fused_step, editable
+
+# In a copy of the sources: the extension there is linked to another torch.
+cuda-build:  ## build with CUDA (no GPU needed), and run the suite in that build (PYTEST_ARGS)
+	@$(MAKE) --no-print-directory VENV=$(CUDA_VENV) $(CUDA_VENV)/.cuda
+	scripts/copy_tree.sh $(CUDA_TREE)
+	cd $(CUDA_TREE) && FUSED_STEP_CUDA=1 $(abspath $(CUDA_VENV))/bin/python -m pip install --quiet \
+		--disable-pip-version-check --no-build-isolation --no-deps -e .
+	cd $(CUDA_TREE) && $(abspath $(CUDA_VENV))/bin/python -m fused_step info
+	cd $(CUDA_TREE) && $(abspath $(CUDA_VENV))/bin/python -m pytest $(PYTEST_ARGS)
 
 clean:  ## remove what was built and written, keep $(VENV)
 	rm -rf build dist demo-output .pytest_cache .ruff_cache .hypothesis *.egg-info

@@ -102,6 +102,25 @@ def test_every_source_is_listed(setup):
     assert set(setup.CUDA_KERNELS) == files(".cu")
 
 
+def pins(name: str) -> dict[str, str]:
+    """What a file of requirements/ pins, itself and what it includes."""
+    found = {}
+    for line in (ROOT / "requirements" / name).read_text().splitlines():
+        line = line.split("#")[0].strip()
+        if line.startswith("-r "):
+            found |= pins(line.removeprefix("-r ").strip())
+        elif line:
+            package, version = line.split("==")
+            found[package] = version
+    return found
+
+
+def test_environment_of_the_cuda_build_differs_in_torch_alone():
+    cuda, cpu = pins("cuda.txt"), pins("test.txt")
+    assert cuda.keys() == cpu.keys()
+    assert [package for package in cuda if cuda[package] != cpu[package]] == ["torch"]
+
+
 # --- architectures ------------------------------------------------------------------------------
 
 KNOWN = ("7.5", "8.0", "8.6", "8.7", "8.9", "9.0", "10.0", "12.0")
