@@ -43,7 +43,14 @@ CPU_SOURCES = [
     "csrc/cpu/isa_baseline.cpp",
 ]
 # The CUDA engine: kernels by nvcc, bindings by the host compiler.
-CUDA_KERNELS: list[str] = []
+CUDA_SOURCES: list[str] = [
+    "csrc/cuda/one_pass.cu",
+    "csrc/cuda/one_pass_grad.cu",
+    "csrc/cuda/one_pass_step.cu",
+    "csrc/cuda/residual.cu",
+    "csrc/cuda/sgd_update.cu",
+    "csrc/cuda/tiny_steps.cu",
+]
 CUDA_BINDINGS = [
     "csrc/bindings/cuda_support.cpp",
     "csrc/bindings/linear_mse_cuda.cpp",
@@ -235,7 +242,7 @@ def make_extension() -> Extension:
         os.environ.get("FUSED_STEP_CUDA", "auto"),
         torch_cuda=torch.version.cuda,
         nvcc=nvcc,
-        sources=CUDA_KERNELS,
+        sources=CUDA_SOURCES,
     )
     print(f"fused_step: {'CUDA' if with_cuda else 'CPU'} build: {why}")
     none = {"cxx": [], "nvcc": [], "library_dirs": [], "libraries": [], "link": []}
@@ -245,7 +252,7 @@ def make_extension() -> Extension:
     system_includes = [f"-isystem{path}" for path in cpp_extension.include_paths()]
     return Extension(
         name="fused_step._C",
-        sources=CPU_SOURCES + (CUDA_BINDINGS + CUDA_KERNELS if with_cuda else []),
+        sources=CPU_SOURCES + (CUDA_BINDINGS + CUDA_SOURCES if with_cuda else []),
         include_dirs=[str(Path(__file__).resolve().parent / "csrc")],
         library_dirs=[*cpp_extension.library_paths(), *cuda["library_dirs"]],
         libraries=["c10", "torch", "torch_cpu", "torch_python", *cuda["libraries"]],

@@ -99,7 +99,7 @@ def test_every_source_is_listed(setup):
         return {str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob(f"*{suffix}")}
 
     assert set(setup.CPU_SOURCES) | set(setup.CUDA_BINDINGS) == files(".cpp")
-    assert set(setup.CUDA_KERNELS) == files(".cu")
+    assert set(setup.CUDA_SOURCES) == files(".cu")
 
 
 def pins(name: str) -> dict[str, str]:
@@ -207,7 +207,7 @@ def test_toolkit_is_found_where_nvcc_says_it_is(setup, nvcc, tmp_path):
 def test_kernels_see_no_header_of_torch(setup, nvcc, monkeypatch):
     monkeypatch.setenv("FUSED_STEP_CUDA", "1")
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "9.0")
-    monkeypatch.setattr(setup, "CUDA_KERNELS", ["csrc/cuda/some.cu"])
+    monkeypatch.setattr(setup, "CUDA_SOURCES", ["csrc/cuda/some.cu"])
     monkeypatch.setattr(setup.torch.version, "cuda", "13.0")
     monkeypatch.setattr(setup, "find_nvcc", lambda: str(nvcc))
     monkeypatch.setattr(setup.cpp_extension, "CUDA_HOME", None)

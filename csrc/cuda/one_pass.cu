@@ -1,0 +1,107 @@
+// SPDX-License-Identifier: MIT
+// Which one-pass kernel a problem takes.
+#include "cuda/one_pass.h"
+
+#include "cuda/one_pass_wide.cuh"
+#include "cuda/pairs.h"
+
+namespace fused_step::cuda {
+namespace {
+
+// Columns of a lane as vectors of at most 16 bytes, or one by one.
+template <typename X, bool kVectors>
+constexpr int vector_columns(int lane_columns) {
+  constexpr int kFit = static_cast<int>(kVectorBytes / sizeof(X));
+  return kVectors ? static_cast<int>(at_most(kFit, lane_columns)) : 1;
+}
+
+template <typename X, typename P, bool kVectors, int kOutputs, int kLaneColumns>
+cudaError_t launch_rows(const OnePassArgs<X, P>& a, cudaStream_t stream) {
+  constexpr int kV = vector_columns<X, kVectors>(kLaneColumns), kVecs = kLaneColumns / kV;
+  constexpr int kSlots = kVectors ? kRowsSlots : kRowsScalarSlots;
+  constexpr int kRows = static_cast<int>(
+      at_least(1, at_most(kSlots / kVecs, rows_sums(sizeof(Accum<P>)) / kOutputs)));
+  int lanes = 1;
+  while (lanes * kLaneColumns < a.shape.I) lanes *= 2;
+  return launch(one_pass_rows_kernel<Tile<X, P, kV, kVecs, kOutputs, kRows>>,
+                dim3(static_cast<unsigned>(a.chunks.count)), kRowsThreads, 0, stream, a, lanes);
+}
+
+template <typename X, typename P, bool kVectors, int kOutputs>
+cudaError_t launch_wide(const OnePassArgs<X, P>& a, cudaStream_t stream) {
+  constexpr int kLaneColumns = wide_lane_columns(kOutputs, sizeof(Accum<P>));
+  constexpr int kV = vector_columns<X, kVectors>(kLaneColumns), kVecs = kLaneColumns / kV;
+  constexpr int kRows = static_cast<int>(at_least(1, kWideSlots / kVecs));
+  using S = Tile<X, P, kV, kVecs, kOutputs, kRows>;
+  const dim3 grid(static_cast<unsigned>(a.chunks.count));
+  if constexpr (kVectors) {
+    using Feed = RingFeed<S>;
+    const auto kernel = one_pass_wide_kernel<S, Feed>;
+    const cudaError_t error = allow_shared(kernel, Feed::kSharedBytes);
+    if (error != cudaSuccess) return error;
+    return launch(kernel, grid, kWideThreads, Feed::kSharedBytes, stream, a);
+  } else {
+    return launch(one_pass_wide_kernel<S, RegisterFeed<S>>, grid, kWideThreads, 0, stream, a);
+  }
+}
+
+template <typename X, typename P, bool kVectors, int kOutputs>
+cudaError_t launch_for_outputs(const OnePassArgs<X, P>& a, cudaStream_t stream) {
+  constexpr int kLaneColumns = rows_lane_columns(kOutputs, sizeof(Accum<P>));
+  // One vector per lane where a row has no more: lanes that stand idle read nothing.
+  constexpr int kFewColumns = vector_columns<X, true>(kLaneColumns);
+  if constexpr (kFewColumns < kLaneColumns && kOutputs == 1) {
+    if (a.shape.I <= kWarp * kFewColumns) {
+      return launch_rows<X, P, kVectors, kOutputs, kFewColumns>(a, stream);
+    }
+  }
+  if (a.shape.I <= kWarp * kLaneColumns) {
+    return launch_rows<X, P, kVectors, kOutputs, kLaneColumns>(a, stream);
+  }
+  return launch_wide<X, P, kVectors, kOutputs>(a, stream);
+}
+
+template <typename X, typename P, bool kVectors>
+cudaError_t launch_for(const OnePassArgs<X, P>& a, cudaStream_t stream) {
+  switch (output_capacity(a.shape.O)) {
+    case 1:
+      return launch_for_outputs<X, P, kVectors, 1>(a, stream);
+    case 2:
+      return launch_for_outputs<X, P, kVectors, 2>(a, stream);
+    case 4:
+      return launch_for_outputs<X, P, kVectors, 4>(a, stream);
+    default:
+      return launch_for_outputs<X, P, kVectors, 8>(a, stream);
+  }
+}
+
+// Whether every row of x, and of dx, begins and ends at a multiple of 16 bytes.
+template <typename X, typename P>
+bool takes_vectors(const OnePassArgs<X, P>& a) {
+  constexpr int64_t kSize = sizeof(X);
+  return is_aligned(a.batch.x, kVectorBytes) && is_aligned(a.dx, kVectorBytes) &&
+         a.batch.x_stride * kSize % kVectorBytes == 0 && a.shape.I * kSize % kVectorBytes == 0;
+}
+
+}  // namespace
+
+template <typename X, typename P>
+cudaError_t launch_one_pass(OnePassArgs<X, P> a, cudaStream_t stream) {
+  if (!fits_one_pass(a.shape.I, a.shape.O, sizeof(Accum<P>))) return cudaErrorInvalidValue;
+  a.chunks = one_pass_chunks(a.shape);
+  a.partial_bytes = partial_bytes(a.shape.I, a.shape.O, sizeof(Accum<P>));
+  a.dweight_at = partial_dweight_at(a.shape.O);
+  return takes_vectors(a) ? launch_for<X, P, true>(a, stream) : launch_for<X, P, false>(a, stream);
+}
+
+template <typename X, typename P>
+int64_t one_pass_workspace(const LinearShape& shape) {
+  return one_pass_chunks(shape).count * partial_bytes(shape.I, shape.O, sizeof(Accum<P>));
+}
+
+#define FUSED_STEP_INSTANTIATE(X, P)                                                \
+  template cudaError_t launch_one_pass<X, P>(OnePassArgs<X, P> args, cudaStream_t); \
+  template int64_t one_pass_workspace<X, P>(const LinearShape&);
+FUSED_STEP_FOR_EACH_PAIR(FUSED_STEP_INSTANTIATE)
+
+}  // namespace fused_step::cuda

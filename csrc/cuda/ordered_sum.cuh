@@ -1,0 +1,97 @@
+// SPDX-License-Identifier: MIT
+// Sums over blocks in a fixed order, in the launch that makes them: the last block of a group adds
+// the group's partial sums, the last group's adds the groups'. No block waits for another, so any
+// number of them may run at a time.
+#pragma once
+
+#include <cstdint>
+
+#include "cuda/policy.h"
+#include "cuda/vector.cuh"
+
+namespace fused_step::cuda {
+
+// True in all threads of the last of `count` blocks to arrive, which then sees what each of them
+// wrote before. The ticket goes back to zero by itself. Called by all threads of a block.
+__device__ __forceinline__ bool arrives_last(unsigned* ticket, int64_t count) {
+  __shared__ bool last;
+  __syncthreads();  // everything the block wrote lies before this
+  if (threadIdx.x == 0) {
+    __threadfence();  // and, being cumulative, is released here
+    last = atomicInc(ticket, static_cast<unsigned>(count - 1)) == static_cast<unsigned>(count - 1);
+    __threadfence();  // what others released is acquired
+  }
+  __syncthreads();
+  return last;
+}
+
+// The partial sums of chunks, in a workspace aligned to 16.
+template <typename A>
+struct Partials {
+  unsigned char* workspace;
+  int64_t bytes;       // partial_bytes
+  int64_t dweight_at;  // partial_dweight_at
+  int O;
+  int n;  // O * I
+
+  // [1 + O] loss, dbias
+  __device__ __forceinline__ double* sums(int64_t chunk) const {
+    return reinterpret_cast<double*>(workspace + chunk * bytes);
+  }
+  // [O, I], and what fills the last vector
+  __device__ __forceinline__ A* dweight(int64_t chunk) const {
+    return reinterpret_cast<A*>(workspace + chunk * bytes + dweight_at);
+  }
+};
+
+// Calls use(k, sums) for vectors of the elements of dW from k on: `count` chunks, `stride` apart,
+// added in order.
+template <typename A, typename Use>
+__device__ __forceinline__ void add_dweights(const Partials<A>& p, int64_t first, int64_t stride,
+                                             int64_t count, const Use& use) {
+  constexpr int kV = static_cast<int>(kVectorBytes / sizeof(A));
+  for (int k = static_cast<int>(threadIdx.x) * kV; k < p.n;
+       k += static_cast<int>(blockDim.x) * kV) {
+    A total[kV];
+    load_written<A, kV>(p.dweight(first) + k, total);
+    // Eight loads on their way at once: one after the other each would take its 600 cycles.
+#pragma unroll 8
+    for (int64_t c = 1; c < count; ++c) {
+      A part[kV];
+      load_written<A, kV>(p.dweight(first + c * stride) + k, part);
+#pragma unroll
+      for (int j = 0; j < kV; ++j) total[j] += part[j];
+    }
+    use(k, total);
+  }
+}
+
+// Calls use(k, sum) for the 1 + O sums of loss and bias.
+template <typename A, typename Use>
+__device__ __forceinline__ void add_sums(const Partials<A>& p, int64_t first, int64_t stride,
+                                         int64_t count, const Use& use) {
+  const int k = static_cast<int>(threadIdx.x);
+  if (k > p.O) return;
+  double total = __ldcg(p.sums(first) + k);
+#pragma unroll 8
+  for (int64_t c = 1; c < count; ++c) total += __ldcg(p.sums(first + c * stride) + k);
+  use(k, total);
+}
+
+// After a block has written the partial sums of its chunk: true in the one block that is to finish.
+// The sums of the groups then lie in the place of each group's first chunk.
+template <typename A>
+__device__ __forceinline__ bool finishes(const Partials<A>& p, unsigned* tickets,
+                                         const Chunks& chunks) {
+  constexpr int kV = static_cast<int>(kVectorBytes / sizeof(A));
+  const int64_t group = blockIdx.x / chunks.group, first = group * chunks.group;
+  const int64_t left = chunks.count - first, count = left < chunks.group ? left : chunks.group;
+  if (!arrives_last(tickets + group, count)) return false;
+  // Each thread overwrites only what it alone has read.
+  add_dweights(p, first, 1, count,
+               [&](int k, const A(&sum)[kV]) { store<A, kV>(p.dweight(first) + k, sum); });
+  add_sums(p, first, 1, count, [&](int k, double sum) { p.sums(first)[k] = sum; });
+  return arrives_last(tickets + kMaxGroups, chunks.groups);
+}
+
+}  // namespace fused_step::cuda

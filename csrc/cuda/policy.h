@@ -1,0 +1,176 @@
+// SPDX-License-Identifier: MIT
+// Every tuning number of the CUDA engine, and the choices that follow from the sizes alone: the
+// same sizes give the same chunks, and so the same bits, on every GPU. Plain C++, no CUDA.
+//
+// None of the numbers was measured yet. Their yardstick is an H200: 132 multiprocessors, 65536
+// registers and 228 KiB of shared memory in each, 4.3 TB/s, that is 19 bytes per cycle and
+// multiprocessor. At a latency of 1300 cycles under load about 25 KiB per multiprocessor must be in
+// flight; every kernel here aims at 32 KiB or more.
+#pragma once
+
+#include <cstdint>
+
+#include "core/params.h"
+
+namespace fused_step::cuda {
+
+enum class Plan : int8_t { kTiny, kOnePass, kGemm };
+
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+constexpr int64_t round_up(int64_t a, int64_t to) { return ceil_div(a, to) * to; }
+constexpr int64_t at_most(int64_t a, int64_t b) { return a < b ? a : b; }
+constexpr int64_t at_least(int64_t a, int64_t b) { return a > b ? a : b; }
+
+constexpr int kWarp = 32;
+// What one access moves, where the alignment allows it.
+constexpr int64_t kVectorBytes = 16;
+
+// One-pass keeps W and dW of a thread's columns in registers. Above 8 outputs a row of float needs
+// more than the 128 multiply-adds that a multiprocessor has for each 19 bytes of it: then the
+// library's GEMM wins.
+constexpr int64_t kMaxOnePassOutputs = 8;
+
+// Outputs that a kernel has room for; O <= kMaxOnePassOutputs.
+constexpr int output_capacity(int64_t O) { return O <= 1 ? 1 : O <= 2 ? 2 : O <= 4 ? 4 : 8; }
+
+// A team of 1 to 32 lanes per row: 32 registers of dW and 32 of W in each lane, whatever the number
+// of outputs, beside 32 for the rows of x in use and 32 for the next. With one output that fits 168
+// registers, 3 blocks of 4 warps on a multiprocessor; each warp has 4 KiB of x on its way, all of
+// them 48 KiB. More outputs, or elements one by one, take more registers and leave 2 blocks, 32
+// KiB.
+constexpr int kRowsThreads = 128;
+constexpr int kRowsSlots = 8;         // vectors of x on their way, per lane
+constexpr int kRowsScalarSlots = 16;  // elements likewise, where no vector access fits
+constexpr int rows_blocks(bool vectors, int capacity, int64_t accum_bytes) {
+  return vectors && capacity == 1 && accum_bytes == 4 ? 3 : 2;
+}
+// Products and targets of several rows and outputs are in registers at once.
+constexpr int64_t rows_sums(int64_t accum_bytes) { return 64 / accum_bytes; }
+constexpr int64_t kLaneSumBytes = 128;
+constexpr int rows_lane_columns(int capacity, int64_t accum_bytes) {
+  return static_cast<int>(kLaneSumBytes / accum_bytes / capacity);
+}
+constexpr int64_t rows_columns(int64_t O, int64_t accum_bytes) {
+  return kWarp * rows_lane_columns(output_capacity(O), accum_bytes);
+}
+
+// Wider: a block per row, at most 16 columns in each thread. x comes through shared memory in 3
+// stages of 16 KiB, two of them in flight: 32 KiB with one block on a multiprocessor, 64 with two.
+constexpr int kWideThreads = 256;
+constexpr int kWideStages = 3;
+constexpr int kWideSlots = 4;  // vectors of x per thread and stage
+constexpr int wide_lane_columns(int capacity, int64_t accum_bytes) {
+  return static_cast<int>(at_most(kLaneSumBytes / 2, kLaneSumBytes / capacity) / accum_bytes);
+}
+constexpr int64_t wide_columns(int64_t O, int64_t accum_bytes) {
+  return kWideThreads * wide_lane_columns(output_capacity(O), accum_bytes);
+}
+
+// A chunk is the work of one block. 8 rounds of the 396 blocks that an H200 holds at once: however
+// many another GPU holds, the last round, which may be partly empty, is one of many.
+constexpr int64_t kMaxChunks = 8 * rows_blocks(true, 1, 4) * 132;
+// 32 KiB of float: less is not worth a block and its place in the ordered sum.
+constexpr int64_t kMinChunkElements = 8 * 1024;
+// With 32 rows for each output, partial sums in float are 1/16 of a 16-bit x, and with the sums of
+// loss and bias beside them less than 1/8.
+constexpr int64_t kMinChunkRowsPerOutput = 32;
+
+struct Chunks {
+  int64_t rows;   // of each but the last
+  int64_t count;  // >= 1
+  int64_t group;  // chunks whose sums are added first; the groups' sums follow
+  int64_t groups;
+};
+
+// The sum of all chunks takes group + groups additions, one after the other: least near the root.
+constexpr int64_t group_size(int64_t chunks) {
+  int64_t size = 1;
+  while (size * size < chunks) size *= 2;
+  return size;
+}
+
+constexpr Chunks one_pass_chunks(const LinearShape& s) {
+  const int64_t by_work = s.B * s.I / kMinChunkElements;
+  const int64_t by_partials = s.B / (kMinChunkRowsPerOutput * at_least(1, s.O));
+  const int64_t wanted = at_least(1, at_most(at_most(by_work, by_partials), kMaxChunks));
+  Chunks c{};
+  c.rows = at_least(1, ceil_div(s.B, wanted));
+  c.count = at_least(1, ceil_div(s.B, c.rows));
+  c.group = group_size(c.count);
+  c.groups = ceil_div(c.count, c.group);
+  return c;
+}
+
+// Groups, and one for all of them.
+constexpr int64_t kMaxGroups = 64;
+constexpr int64_t kTickets = kMaxGroups + 1;
+static_assert(group_size(kMaxChunks) <= kMaxGroups);
+
+// A chunk's partial sums: loss and O of dbias in double, then O * I of dW.
+constexpr int64_t partial_dweight_at(int64_t O) {
+  return round_up((1 + O) * static_cast<int64_t>(sizeof(double)), kVectorBytes);
+}
+constexpr int64_t partial_bytes(int64_t I, int64_t O, int64_t accum_bytes) {
+  return partial_dweight_at(O) + round_up(O * I * accum_bytes, kVectorBytes);
+}
+
+// One block does a whole step: W and momentum in shared memory, 16 KiB for the sums of its 4 warps.
+// 64 KiB of x pass through one multiprocessor in about 1 us; a launch of many blocks with its
+// ordered sum takes 5.
+constexpr int kTinyThreads = 128;
+constexpr int64_t kTinyBytes = 64 * 1024;
+constexpr int kTinySlots = 32;  // elements of x in flight per lane
+constexpr int64_t tiny_columns(int64_t O, int64_t accum_bytes) {
+  return kWarp * rows_lane_columns(O <= 1 ? 1 : kMaxOnePassOutputs, accum_bytes);
+}
+
+// The residual pass: 64 KiB of y, target and r are worth a block.
+constexpr int kResidualThreads = 256;
+constexpr int64_t kMinResidualElements = 8 * 1024;
+constexpr int64_t kMaxResidualBlocks = 8 * 132;
+// A chunk's sums of columns are double: with 64 rows at most 1/16 of a 16-bit y.
+constexpr int64_t kMinResidualRows = 64;
+
+struct ResidualGrid {
+  int64_t columns;  // of a tile: a thread stays in its column
+  int64_t tiles;
+  int64_t groups;  // of tiles, each the work of one row of blocks
+  int64_t rows;    // of a chunk
+  int64_t chunks;
+};
+
+constexpr ResidualGrid residual_grid(int64_t B, int64_t O) {
+  ResidualGrid g{};
+  g.tiles = at_least(1, ceil_div(O, kResidualThreads));
+  g.columns = at_least(1, ceil_div(O, g.tiles));
+  g.groups = at_most(g.tiles, kMaxGroups);
+  const int64_t blocks = at_most(B * O / kMinResidualElements, kMaxResidualBlocks);
+  const int64_t wanted = at_least(1, at_most(blocks / g.groups, B / kMinResidualRows));
+  g.rows = at_least(1, ceil_div(B, wanted));
+  g.chunks = at_least(1, ceil_div(B, g.rows));
+  return g;
+}
+
+// Elementwise passes: each thread has at least one vector; more blocks than this loop.
+constexpr int kElementwiseThreads = 256;
+constexpr int64_t kMaxElementwiseBlocks = 32 * 132;
+
+constexpr int64_t accum_bytes_of(int64_t param_bytes) { return at_least(4, param_bytes); }
+
+constexpr bool fits_tiny(int64_t I, int64_t O, int64_t accum_bytes) {
+  return O <= kMaxOnePassOutputs && I <= tiny_columns(O, accum_bytes);
+}
+constexpr bool fits_one_pass(int64_t I, int64_t O, int64_t accum_bytes) {
+  return O <= kMaxOnePassOutputs &&
+         I <= at_least(rows_columns(O, accum_bytes), wide_columns(O, accum_bytes));
+}
+
+// `x_bytes` and `param_bytes`: of one element.
+constexpr Plan choose_plan(const LinearShape& s, int64_t x_bytes, int64_t param_bytes) {
+  const int64_t accum_bytes = accum_bytes_of(param_bytes);
+  if (!fits_one_pass(s.I, s.O, accum_bytes)) return Plan::kGemm;
+  const bool small = s.B * s.I * x_bytes <= kTinyBytes && s.B <= kTinyBytes;
+  return small && fits_tiny(s.I, s.O, accum_bytes) ? Plan::kTiny : Plan::kOnePass;
+}
+
+}  // namespace fused_step::cuda

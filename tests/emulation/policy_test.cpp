@@ -1,0 +1,68 @@
+// SPDX-License-Identifier: MIT
+// The choices that follow from sizes alone.
+#include "problem.h"
+
+using namespace fused_step;
+using namespace fused_step::cuda;
+using namespace fused_step::test;
+
+TEST(chunks_cover_every_row_once_and_keep_to_their_limits) {
+  for (const int64_t O : {0, 1, 2, 8}) {
+    for (const int64_t I : {0, 1, 10, 1024, 4096}) {
+      for (int64_t B = 0; B < (int64_t{1} << 33); B = B * 2 + 1) {
+        describe("B %lld I %lld O %lld", static_cast<long long>(B), static_cast<long long>(I),
+                 static_cast<long long>(O));
+        const Chunks c = one_pass_chunks({B, I, O});
+        check(c.count >= 1 && c.count <= kMaxChunks, "%lld chunks",
+              static_cast<long long>(c.count));
+        check(c.count * c.rows >= B && (c.count - 1) * c.rows <= at_least(0, B - 1), "rows");
+        check(c.groups >= 1 && c.groups <= kMaxGroups, "groups");
+        check(c.groups * c.group >= c.count && (c.groups - 1) * c.group < c.count, "group");
+        // One chunk has its sums however few its rows are. Otherwise 1/8 of a 16-bit x is the
+        // limit, and of double x with double sums likewise.
+        if (c.count == 1) continue;
+        check(c.count * partial_bytes(I, O, 4) * 8 <= B * I * 2, "partial sums of float");
+        check(c.count * partial_bytes(I, O, 8) * 8 <= B * I * 8, "partial sums of double");
+      }
+    }
+  }
+}
+
+TEST(residual_grid_covers_every_row_and_column) {
+  for (const int64_t O : {0, 1, 9, 255, 256, 257, 1000, 100000}) {
+    for (int64_t B = 0; B < (int64_t{1} << 33); B = B * 2 + 1) {
+      describe("B %lld O %lld", static_cast<long long>(B), static_cast<long long>(O));
+      const ResidualGrid g = residual_grid(B, O);
+      check(g.columns >= 1 && g.columns <= kResidualThreads, "columns");
+      check(g.tiles * g.columns >= O && (g.tiles - 1) * g.columns <= at_least(0, O - 1), "tiles");
+      check(g.groups >= 1 && g.groups <= kMaxGroups && g.groups <= g.tiles, "groups");
+      check(g.chunks * g.rows >= B && (g.chunks - 1) * g.rows <= at_least(0, B - 1), "rows");
+      check(g.chunks <= kMaxResidualBlocks, "blocks");
+      if (g.chunks > 1) check(g.chunks * (O + g.groups) * 8 * 8 <= B * O * 2, "partial sums");
+    }
+  }
+}
+
+TEST(plan_follows_the_sizes) {
+  describe("plans");
+  check(choose_plan({442, 10, 1}, 4, 4) == Plan::kTiny, "442 x 10");
+  check(choose_plan({0, 10, 1}, 4, 4) == Plan::kTiny, "no rows");
+  check(choose_plan({1 << 20, 1024, 1}, 4, 4) == Plan::kOnePass, "1M x 1024");
+  check(choose_plan({1 << 20, 1024, 1}, 2, 2) == Plan::kOnePass, "1M x 1024, 16 bit");
+  check(choose_plan({1 << 20, 1024, 9}, 4, 4) == Plan::kGemm, "9 outputs");
+  check(choose_plan({1 << 20, 100000, 1}, 4, 4) == Plan::kGemm, "wide");
+  check(choose_plan({1, 100000, 100}, 4, 4) == Plan::kGemm, "wide, one row");
+  // What a plan is chosen for, its launcher takes.
+  for (const int64_t bytes : {2, 4, 8}) {
+    for (int64_t O = 0; O <= 10; ++O) {
+      for (int64_t I = 0; I <= 5000; I += 1 + I / 7) {
+        const int64_t accum = accum_bytes_of(bytes);
+        for (const int64_t B : {0, 1, 100, 100000}) {
+          const Plan plan = choose_plan({B, I, O}, bytes, bytes);
+          if (plan == Plan::kTiny) check(fits_tiny(I, O, accum), "tiny");
+          if (plan == Plan::kOnePass) check(fits_one_pass(I, O, accum), "one-pass");
+        }
+      }
+    }
+  }
+}
