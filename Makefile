@@ -14,13 +14,13 @@ BIN := $(VENV)/bin
 CSRC := $(shell find csrc -type f)
 CPP_FORMATTED := $(shell find csrc tests benchmarks -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help demo test lint format sanitize bench build cuda-build clean
+.PHONY: help demo test lint format sanitize bench bench-check build cuda-build clean
 .DELETE_ON_ERROR:
 # pip runs one at a time in one environment.
 .NOTPARALLEL:
 
 help:  ## list the targets
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
 demo: $(VENV)/.demo build  ## train a linear model on real data, plain and fused
 	$(BIN)/python examples/diabetes.py
@@ -43,6 +43,9 @@ sanitize:  ## run the torch-free C++ tests under ASan and UBSan
 
 bench: $(VENV)/.bench build  ## measure (BENCH_ARGS="..." goes to the script)
 	$(BIN)/python benchmarks/bench_cpu.py $(BENCH_ARGS)
+
+bench-check: $(VENV)/.bench build  ## hold the instruction counts of small steps against benchmarks/baseline.json
+	$(BIN)/python benchmarks/instructions.py
 
 build: $(VENV)/.built  ## compile the extension and install fused_step, editable
 

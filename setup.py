@@ -29,6 +29,7 @@ CPU_SOURCES = [
     "csrc/bindings/engines.cpp",
     "csrc/bindings/linear_mse_autograd.cpp",
     "csrc/bindings/linear_mse_cpu.cpp",
+    "csrc/bindings/linear_mse_eager.cpp",
     "csrc/bindings/linear_mse_sgd_cpu.cpp",
     "csrc/bindings/linear_step.cpp",
     "csrc/bindings/module.cpp",

@@ -40,7 +40,19 @@ def contestants(threads: int) -> list[Contestant]:
         torch_steps.Eager("eager", "eager"),
         torch_steps.Eager("eager_fused", "eager, SGD(fused=True)", fused=True),
         torch_steps.HandWritten("hand", "torch by hand", note="no autograd, GEMM into the weight"),
+        torch_steps.Compiled("compiled", "torch by hand, compiled", note="torch.compile"),
         Remote("numpy", "NumPy", "harness.numpy_step:NumPyStep", threads),
+        Remote("jax", "JAX, jit", "harness.jax_step:JaxStep", threads),
+        Remote(
+            "jax_scan", "JAX, lax.scan", "harness.jax_step:JaxScan", threads, "many steps a call"
+        ),
+        Remote(
+            "sklearn",
+            "scikit-learn partial_fit",
+            "harness.sklearn_step:PartialFit",
+            threads,
+            "another algorithm: an update after each row, on one thread",
+        ),
         fused_steps.Step("step", "fused_step step()"),
         fused_steps.Step("step_again", "fused_step step(), again", note="A/A"),
         fused_steps.Run("run", "fused_step run()", note="many steps a call"),

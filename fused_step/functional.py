@@ -6,14 +6,17 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._C._functorch import TransformType, get_interpreter_stack
 from torch.autograd import forward_ad
 from torch.nn import Parameter
 
-from fused_step._extension import _C  # registers the operators, too
+from fused_step import _autocast
+from fused_step._extension import _C
+from fused_step.autograd import LinearMSEFunction
 
 _OP = torch.ops.fused_step.linear_mse_loss.default
 _NAME = "fused_step::linear_mse"
-_DTYPES = (torch.float32, torch.float64)
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _DEVICES = ("cpu", "cuda") if hasattr(_C, "cuda_archs") else ("cpu",)
 
 
@@ -30,11 +33,14 @@ def linear_mse_loss(
     Loss and gradients are made in the forward pass, which reads `input` once where the layer has
     few outputs; the output of the layer is never stored. Only the gradients that are needed are
     made; the backward pass multiplies them by that of the loss. Second derivatives, ``torch.func``
-    and ``torch.compile`` work.
+    and ``torch.compile`` work. The derivative is an operator's, in C++; under ``torch.func`` it is
+    :class:`fused_step.autograd.LinearMSEFunction`, an ``autograd.Function``.
 
-    The fused operator serves float32 and float64 tensors on the CPU and, in builds with CUDA, on
-    GPUs. Everything else (other types and devices, autocast, tensor subclasses, ``torch.func``
-    transforms, forward-mode derivatives) is computed as the composition above, with its result.
+    The fused operator serves float32, float64, bfloat16 and float16 tensors on the CPU and, in
+    builds with CUDA, on GPUs; these types also under autocast for the CPU. Of 16-bit types the sums
+    are made in float32, and each result is rounded once. Everything else (other types and devices,
+    tensor subclasses, ``vmap``, forward-mode derivatives) is computed as the composition above,
+    with its result.
 
     Args:
         input: [..., I], leading dimensions are rows.
@@ -59,8 +65,21 @@ def linear_mse_loss(
         >>> loss.item(), weight.grad.tolist()
         (1.0, [[6.0, 8.0]])
     """
-    if _is_fused(input, linear_weight, linear_bias, target):
-        return _OP(input, linear_weight, linear_bias, target, reduction)
+    if not torch.compiler.is_compiling():
+        loss = _C.linear_mse_loss(input, linear_weight, linear_bias, target, reduction)
+        if loss is not None:
+            return loss
+    if _is_served(input, linear_weight, linear_bias, target):
+        transforms = () if torch.compiler.is_compiling() else _transforms()
+        if not transforms:
+            operands = (input, linear_weight, linear_bias, target)
+            if _is_autocast(linear_weight):
+                operands = _autocast.operands(*operands)
+            if operands is not None:
+                return _OP(*operands, reduction)
+        elif all(kind == TransformType.Grad for kind in transforms) and _is_wide(linear_weight):
+            nested = len(transforms) > 1
+            return _by_function(input, linear_weight, linear_bias, target, reduction, nested)
     _check(input, linear_weight, target, linear_bias, reduction)
     return F.mse_loss(F.linear(input, linear_weight, linear_bias), target, reduction=reduction)
 
@@ -75,24 +94,47 @@ def _is_plain(t: Tensor) -> bool:
     )
 
 
-def _is_served(device: torch.device) -> bool:
-    # A compiler cannot look into _C, and a GPU too old for the kernels has no compiler either.
-    return device.type == "cpu" or torch.compiler.is_compiling() or _C.serves(device)
+def _has_engine(device: torch.device) -> bool:
+    if device.type == "cpu" or torch.compiler.is_compiling():
+        return True  # a compiler cannot look into _C, nor is there one for so old a GPU
+    return _C.serves(device)
 
 
-def _is_fused(input: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor) -> bool:
-    if not (
+def _is_autocast(t: Tensor) -> bool:
+    return torch.is_autocast_enabled(t.device.type)
+
+
+def _is_served(input: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor) -> bool:
+    return (
         _is_plain(input)
         and _is_plain(weight)
         and _is_plain(target)
         and (bias is None or _is_plain(bias))
-    ):
-        return False
-    if not _is_served(input.device) or torch.is_autocast_enabled(input.device.type):
-        return False
-    if torch.compiler.is_compiling():
-        return True
-    return not torch._C._are_functorch_transforms_active() and forward_ad._current_level < 0
+        and _has_engine(weight.device)
+        # On CUDA autocast's own GEMMs of 16 bit are the faster ones.
+        and not (_is_autocast(weight) and weight.device.type != "cpu")
+        and (input.dtype == weight.dtype or _is_autocast(weight))
+        and (torch.compiler.is_compiling() or forward_ad._current_level < 0)
+    )
+
+
+def _is_wide(weight: Tensor) -> bool:
+    """Whether the derivative in Python serves: it takes no 16-bit types, and no autocast."""
+    return weight.dtype in _DTYPES[:2] and not _is_autocast(weight)
+
+
+def _transforms() -> list[TransformType]:
+    """The kinds of the ``torch.func`` transforms that are at work, from the outermost."""
+    return [interpreter.key() for interpreter in get_interpreter_stack() or ()]
+
+
+def _by_function(
+    input: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, reduction: str, nested: bool
+) -> Tensor:
+    # Of nested transforms only the innermost shows in requires_grad.
+    needs = [t is not None and (nested or t.requires_grad) for t in (input, weight, bias, target)]
+    needs[3] |= reduction == "none" and any(needs)
+    return LinearMSEFunction.apply(input, weight, bias, target, reduction, *needs)[0]
 
 
 def _autocasts(device_type: str) -> bool:

@@ -8,6 +8,7 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 from loss_oracle import HEAD, NAMES, NEEDS, REDUCTIONS, LossProblem, fused_loss, torch_loss
 from torch import Tensor
+from torch._dynamo import compiled_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
 
 SHAPES = [(7, 5, 1), (7, 5, 3), (7, 5, 35)]
@@ -250,6 +251,35 @@ def test_dynamic_batch_is_compiled_once(reduction):
         for name, value in eager.items():
             torch.testing.assert_close(ours[name], value, rtol=1e-6, atol=1e-7)
     assert counter.frame_count == 1
+
+
+@each_reduction
+def test_compiled_autograd_gives_the_eager_gradients(reduction):
+    def by_graph(graph):
+        return torch.compile(graph, backend="eager", fullgraph=True)
+
+    for B in (4, 5, 300, 0):
+        for needs in (HEAD, frozenset(NAMES)):
+            problem = LossProblem.random(B, 6, 3, reduction=reduction, needs=needs)
+            eager = problem.evaluate(fused_loss)
+            tensors = leaves(problem)
+            loss = fused_loss(*tensors, reduction)
+            with compiled_autograd._enable(by_graph):
+                loss.backward(problem.grad_output)
+            for name, t in zip(NAMES, tensors, strict=True):
+                if name in needs:
+                    torch.testing.assert_close(t.grad, eager[name], rtol=1e-6, atol=1e-7)
+
+
+def test_compiled_autograd_gives_the_gradient_of_one_tensor_only():
+    problem = LossProblem.random(7, 5, 3, needs=frozenset(NAMES))
+    expected = problem.evaluate(fused_loss)
+    for position, name in enumerate(NAMES):
+        tensors = leaves(problem)
+        loss = fused_loss(*tensors, "mean")
+        with compiled_autograd._enable(lambda graph: graph):
+            (found,) = torch.autograd.grad(loss, tensors[position], problem.grad_output)
+        assert torch.equal(found, expected[name])
 
 
 def test_loss_of_a_compiled_model_equals_eager_by_the_default_backend():

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.autograd.forward_ad as forward_ad
 import torch.distributed as dist
 import torch.nn.functional as F
 from device import DEVICE
@@ -15,8 +16,11 @@ from loss_oracle import LossProblem, fused_loss, torch_loss
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from torch.overrides import BaseTorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fused_step
+from fused_step._extension import _C
 
 OP = torch.ops.fused_step.linear_mse_loss
 
@@ -205,3 +209,65 @@ def test_inference_tensor_raises_what_torch_raises():
     for function in (fused_step.linear_mse_loss, lambda x, w, t: F.mse_loss(F.linear(x, w), t)):
         with pytest.raises(RuntimeError, match="Inference tensors cannot be saved for backward"):
             function(x, weight, target)
+
+
+# --- the built-in function of eager calls -------------------------------------------------------
+
+
+def built_in(given: dict[str, Any]) -> Tensor | None:
+    return _C.linear_mse_loss(*given.values())
+
+
+def test_ordinary_call_is_served_by_the_built_in_function():
+    given = arguments()
+    given["weight"] = torch.nn.Parameter(given["weight"])
+    given["input"] = torch.randn(5, 4).T[:, :]
+    with torch.no_grad():
+        expected = OP(*given.values())
+    assert torch.equal(built_in(given), expected)
+    assert built_in(given).grad_fn.name() == "LinearMseBackward"
+
+
+@pytest.mark.parametrize(
+    "world",
+    [
+        lambda: torch.autocast("cpu", dtype=torch.bfloat16),
+        torch.inference_mode,
+        lambda: torch.device("meta"),
+        TorchDispatchMode,
+        BaseTorchFunctionMode,
+    ],
+    ids=["autocast", "inference", "device", "dispatch mode", "function mode"],
+)
+def test_built_in_function_leaves_alone_what_modes_change(world):
+    given = arguments()
+    with world():
+        assert built_in(given) is None
+
+
+# What PyTorch itself says when forward mode is used for the first time.
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+def test_built_in_function_leaves_alone_what_is_no_ordinary_tensor():
+    class Subclass(Tensor):
+        pass
+
+    given = arguments()
+    strange = {
+        "subclass": torch.randn(3, 5).as_subclass(Subclass),
+        "meta": torch.randn(3, 5, device="meta"),
+        "sparse": torch.randn(3, 5).to_sparse(),
+        "conjugate": torch.randn(3, 5, dtype=torch.complex64).conj(),
+        "integer": torch.ones(3, 5, dtype=torch.int64),
+        "array": torch.randn(3, 5).numpy(),
+    }
+    for name, weight in strange.items():
+        assert built_in(given | {"weight": weight}) is None, name
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(given["weight"], torch.ones(3, 5))
+        assert built_in(given | {"weight": dual}) is None
+
+    def under_grad(weight: Tensor) -> Tensor:
+        assert built_in(given | {"weight": weight}) is None
+        return weight.sum()
+
+    torch.func.grad(under_grad)(given["weight"])

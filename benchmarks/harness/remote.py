@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.case import Data
-from harness.contestant import Contestant, Trajectory
+from harness.contestant import Contestant, Trajectory, Unavailable
 
 BENCHMARKS = Path(__file__).resolve().parent.parent
 
@@ -55,6 +55,8 @@ class Remote(Contestant):
             status, result = pickle.load(process.stdout)
         except (EOFError, BrokenPipeError):
             raise RuntimeError(f"{self.key}: its process ended, exit {process.wait()}") from None
+        if status == "unavailable":
+            raise Unavailable(result)
         if status != "ok":
             raise RuntimeError(f"{self.key}: {result}")
         return result

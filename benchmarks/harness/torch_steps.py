@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from harness.case import Data
+from harness.case import Case, Data
 from harness.contestant import InProcess
 
 
@@ -66,19 +66,25 @@ class HandWritten(InProcess):
     """
 
     def build(self, data: Data) -> Callable[[Any, Any], Any]:
-        case = data.case
         weight = self._weight = torch.from_numpy(data.weight).clone()  # [O, I]
         bias = self._bias = torch.from_numpy(data.bias).clone()  # [O]
+        update = self.make_update(data.case)
+        return lambda x, target: update(weight, bias, x, target)
+
+    def make_update(self, case: Case) -> Callable[..., torch.Tensor]:
+        """A function of (weight, bias, x, target) that changes the first two; returns the loss."""
         alpha = -2.0 * case.learning_rate / (case.batch * case.outputs)
 
-        def step(x: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        def update(
+            weight: torch.Tensor, bias: torch.Tensor, x: torch.Tensor, target: torch.Tensor
+        ) -> torch.Tensor:
             error = torch.addmm(bias, x, weight.T) - target
             loss = error.square().mean()
             weight.addmm_(error.T, x, alpha=alpha)
             bias.add_(error.sum(0), alpha=alpha)
             return loss
 
-        return step
+        return update
 
     def trajectory(self, steps: int):
         with torch.no_grad():
@@ -94,3 +100,11 @@ class HandWritten(InProcess):
     def release(self) -> None:
         super().release()
         self._weight = self._bias = None
+
+
+class Compiled(HandWritten):
+    """The same by torch.compile's default backend."""
+
+    def make_update(self, case: Case) -> Callable[..., torch.Tensor]:
+        torch.compiler.reset()  # each case is compiled for its own sizes
+        return torch.compile(super().make_update(case), fullgraph=True, dynamic=False)

@@ -2,8 +2,8 @@
 """The far end of remote.Remote: serves one contestant over standard input and output.
 
 Usage: python -m harness.worker MODULE:CLASS
-A request is a pickled (method, arguments); the answer is a pickled ("ok", result) or
-("error", text).
+A request is a pickled (method, arguments); the answer is a pickled ("ok", result), or
+("unavailable", reason) or ("error", text).
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import signal
 import sys
 
 from harness.case import Case, Data
+from harness.contestant import Unavailable
 
 
 def main() -> None:
@@ -34,6 +35,8 @@ def main() -> None:
             if method == "prepare":
                 arguments = (Data(Case(*arguments)),)
             answer = ("ok", getattr(contestant, method)(*arguments))
+        except Unavailable as reason:
+            answer = ("unavailable", str(reason))
         except Exception as error:
             answer = ("error", f"{type(error).__name__}: {error}")
         arguments = None

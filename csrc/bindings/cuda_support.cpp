@@ -10,6 +10,7 @@
 #include <atomic>
 #include <sstream>
 
+#include "bindings/dtypes.h"
 #include "cuda/policy.h"
 
 namespace fused_step {
@@ -83,14 +84,17 @@ cuda::Scratch reserve_scratch(DeviceScratch& kept, c10::cuda::CUDAStream stream,
     kept.workspace = at::empty({std::max<int64_t>(bytes, 16)},
                                at::TensorOptions().dtype(at::kByte).device(device));
   }
-  return {kept.workspace.mutable_data_ptr(), written_data<unsigned>(kept.tickets)};
+  return {kept.workspace.mutable_data_ptr(), written<unsigned>(kept.tickets)};
 }
 
-void transposed_product(at::Tensor& out, const at::Tensor& a, const at::Tensor& b) {
+void gemm_into(const at::Tensor& out, const at::Tensor& a, const at::Tensor& b) {
+  at::Tensor result = out;
   if (out.scalar_type() == a.scalar_type()) {
-    at::mm_out(out, a.t(), b);
+    at::mm_out(result, a, b);
+  } else if (is_16_bit(a.scalar_type()) && out.scalar_type() == at::kFloat) {
+    at::mm_out(result, a, b, at::kFloat);
   } else {
-    at::mm_out(out, a.t(), b, out.scalar_type());
+    result.copy_(at::mm(a, b));
   }
 }
 

@@ -11,6 +11,8 @@
 #include <string_view>
 #include <tuple>
 
+#include "bindings/dtypes.h"
+
 namespace fused_step {
 
 constexpr const char* kLinearMse = "fused_step::linear_mse";
@@ -18,12 +20,20 @@ constexpr const char* kLinearMse = "fused_step::linear_mse";
 // loss, then dinput, dweight, dbias and residual; [0] what was not asked for. With r = y - t the
 // loss is s_l * sum r^2, the gradients are r W, r^T x and the sum of r's rows: what they still lack
 // is the factor 2 * s_l * dL/dloss. Under "none" the loss is r^2, and there are no gradients.
+// The loss has the dtype of linear_weight and target, dinput that of input, residual that of
+// target; of 16-bit parameters dweight and dbias are float32, and so is whatever would be float16:
+// rounded to it before the factor, they would lose what a GradScaler's makes visible again.
 using LinearMseResult = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 using LinearMseSignature = LinearMseResult(const at::Tensor& input, const at::Tensor& linear_weight,
                                            const std::optional<at::Tensor>& linear_bias,
                                            const at::Tensor& target, std::string_view reduction,
                                            bool need_dinput, bool need_dweight, bool need_dbias,
                                            bool need_residual);
+
+// The loss with its derivative: fused_step::linear_mse_loss where something may require grad.
+at::Tensor linear_mse_loss_autograd(const at::Tensor& input, const at::Tensor& weight,
+                                    const std::optional<at::Tensor>& bias, const at::Tensor& target,
+                                    std::string_view reduction);
 
 inline void check_reduction(std::string_view reduction) {
   TORCH_CHECK_VALUE(reduction == "mean" || reduction == "sum" || reduction == "none", kLinearMse,
@@ -34,18 +44,18 @@ inline void check_reduction(std::string_view reduction) {
 inline void check_linear_mse(const at::Tensor& input, const at::Tensor& weight,
                              const std::optional<at::Tensor>& bias, const at::Tensor& target) {
   const at::ScalarType dtype = weight.scalar_type();
-  TORCH_CHECK_TYPE(dtype == at::kFloat || dtype == at::kDouble, kLinearMse,
-                   ": linear_weight must be float32 or float64, got ", dtype);
-  const auto check_like_weight = [&](const char* name, const at::Tensor& t) {
-    TORCH_CHECK_TYPE(t.scalar_type() == dtype, kLinearMse, ": ", name,
-                     " must have the dtype of linear_weight ", dtype, ", got ", t.scalar_type());
+  TORCH_CHECK_TYPE(is_fused_dtype(dtype), kLinearMse, ": linear_weight must be ", kFusedDtypes,
+                   ", got ", dtype);
+  const auto check_like_weight = [&](const char* name, const at::Tensor& t, bool has_dtype) {
+    TORCH_CHECK_TYPE(has_dtype, kLinearMse, ": ", name, " must have the dtype of linear_weight ",
+                     dtype, ", got ", t.scalar_type());
     TORCH_CHECK_VALUE(t.device() == weight.device(), kLinearMse, ": ", name,
                       " must be on the device of linear_weight ", weight.device(), ", got ",
                       t.device());
   };
-  check_like_weight("input", input);
-  if (bias.has_value()) check_like_weight("linear_bias", *bias);
-  check_like_weight("target", target);
+  check_like_weight("input", input, is_fused_pair(input.scalar_type(), dtype));
+  if (bias.has_value()) check_like_weight("linear_bias", *bias, bias->scalar_type() == dtype);
+  check_like_weight("target", target, target.scalar_type() == dtype);
   TORCH_CHECK_VALUE(weight.dim() == 2, kLinearMse,
                     ": linear_weight must have the shape [O, I], got ", weight.sym_sizes());
   const c10::SymInt &O = weight.sym_size(0), &I = weight.sym_size(1);

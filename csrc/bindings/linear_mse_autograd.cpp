@@ -14,10 +14,12 @@
 #include <ATen/ops/sub.h>
 #include <ATen/ops/sum.h>
 #include <ATen/ops/zeros_like.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/csrc/autograd/function.h>
 #include <torch/csrc/autograd/functions/utils.h>
 #include <torch/csrc/autograd/saved_variable.h>
+#include <torch/csrc/dynamo/compiled_autograd.h>
 #include <torch/library.h>
 
 #include <array>
@@ -27,6 +29,7 @@
 #include <type_traits>
 #include <utility>
 
+#include "bindings/dtypes.h"
 #include "bindings/linear_mse.h"
 
 namespace fused_step {
@@ -44,6 +47,10 @@ c10::SymInt rows_in(const at::Tensor& t) {
   return rows;
 }
 
+// Nothing is computed in 16 bit. A gradient that comes out in float the autograd engine rounds,
+// once, to the dtype of what it is the gradient of.
+at::Tensor widened(const at::Tensor& t) { return t.to(accum_dtype(t.scalar_type())); }
+
 at::Tensor as_matrix(const at::Tensor& t) { return t.reshape_symint({rows_in(t), t.sym_size(-1)}); }
 
 // From dL/dy and the operands: used where a derivative of it may be asked for, and under "none".
@@ -51,10 +58,10 @@ struct Gradients {
   at::Tensor dy;  // [*, O]
 
   at::Tensor of_input(const at::Tensor& input, const at::Tensor& weight) const {
-    return at::mm(as_matrix(dy), weight).reshape_symint(input.sym_sizes());
+    return at::mm(as_matrix(dy), widened(weight)).reshape_symint(input.sym_sizes());
   }
   at::Tensor of_weight(const at::Tensor& input) const {
-    return at::mm(as_matrix(dy).t(), as_matrix(input));
+    return at::mm(as_matrix(dy).t(), as_matrix(widened(input)));
   }
   at::Tensor of_bias() const { return as_matrix(dy).sum(0); }
   at::Tensor of_target() const { return at::neg(dy); }
@@ -74,6 +81,7 @@ class LinearMseBackward : public torch::autograd::Node {
     none_ = reduction == "none";
     mean_ = reduction == "mean";
     numel_ = target.sym_numel();
+    empty_ = numel_ == 0;
     if (should_compute_output(kTarget) || none_) residual_ = SavedVariable(residual, false);
     if (none_) return;
     const std::array<const at::Tensor*, 3> stash = {&dinput, &dweight, &dbias};
@@ -91,8 +99,32 @@ class LinearMseBackward : public torch::autograd::Node {
     residual_.reset_data();
   }
 
+  // Compiled autograd: what a compiled backward pass depends on, and a trace of apply().
+  void compiled_args(torch::dynamo::autograd::CompiledNodeArgs& args) const override {
+    for (const SavedVariable& t : operands_) args.collect(t, /*is_output=*/false);
+    for (const SavedVariable& t : stash_) args.collect(t, /*is_output=*/false);
+    args.collect(residual_, /*is_output=*/false);
+    args.collect(numel_);
+    for (const bool flag : {has_bias_, mean_, none_, empty_}) args.collect(flag);
+  }
+
+  variable_list apply_with_saved(const variable_list& grads,
+                                 torch::dynamo::autograd::SwapSavedVariables& saved) override {
+    const auto each = [&](const auto& visit) {
+      for (SavedVariable& t : operands_) visit(t);
+      for (SavedVariable& t : stash_) visit(t);
+      visit(residual_);
+      visit(numel_);
+    };
+    each([&](auto& value) { saved.before(value); });
+    variable_list wanted = apply(variable_list(grads));
+    each([&](auto& value) { saved.after(value); });
+    return wanted;
+  }
+
   variable_list apply(variable_list&& grads) override {
     const std::lock_guard<std::mutex> lock(mutex_);
+    const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
     variable_list wanted(kOperands);
     const at::Tensor& grad = grads[0];
     if (!grad.defined()) return wanted;
@@ -109,16 +141,17 @@ class LinearMseBackward : public torch::autograd::Node {
  private:
   // s * dL/dloss of dL/dy = s * dL/dloss * r.
   at::Tensor dy_factor(const at::Tensor& grad) const {
-    return mean_ ? at::mul(grad, at::Scalar(2.0 / numel_)) : at::mul(grad, 2.0);
+    const at::Tensor wide = widened(grad);
+    return mean_ ? at::mul(wide, at::Scalar(2.0 / numel_)) : at::mul(wide, 2.0);
   }
 
   void from_stash(const at::Tensor& grad, variable_list& wanted) const {
     // Nothing to sum over: zeros, whatever the factor (2 / 0) may be.
-    const bool empty = numel_ == 0;
-    const at::Tensor factor = empty ? at::Tensor() : dy_factor(grad);
+    const at::Tensor factor = empty_ ? at::Tensor() : dy_factor(grad);
     const auto scaled = [&](const SavedVariable& saved) {
       const at::Tensor t = saved.unpack();
-      return empty ? at::zeros_like(t) : at::mul(t, factor);
+      // With a factor of no dimensions a 16-bit tensor is multiplied in float and rounded once.
+      return empty_ ? at::zeros_like(t) : at::mul(t, factor);
     };
     for (size_t k = 0; k < stash_.size(); ++k) {
       if (task_should_compute_output(k)) wanted[k] = scaled(stash_[k]);
@@ -133,10 +166,11 @@ class LinearMseBackward : public torch::autograd::Node {
   void differentiable(const at::Tensor& grad, variable_list& wanted) const {
     const at::Tensor target = operands_[kTarget].unpack();
     const std::optional<at::Tensor> bias =
-        has_bias_ ? std::optional<at::Tensor>(operands_[kBias].unpack()) : std::nullopt;
-    const at::Tensor y = at::linear(operands_[kInput].unpack(), operands_[kWeight].unpack(), bias);
+        has_bias_ ? std::optional<at::Tensor>(widened(operands_[kBias].unpack())) : std::nullopt;
+    const at::Tensor y =
+        at::linear(widened(operands_[kInput].unpack()), widened(operands_[kWeight].unpack()), bias);
     const at::Tensor residual = at::sub(y, target);
-    fill({numel_ == 0 ? residual : at::mul(residual, dy_factor(grad))}, wanted);
+    fill({empty_ ? residual : at::mul(residual, dy_factor(grad))}, wanted);
   }
 
   void fill(const Gradients& gradients, variable_list& wanted) const {
@@ -154,7 +188,7 @@ class LinearMseBackward : public torch::autograd::Node {
   std::array<SavedVariable, 3> stash_;  // gradients of input, weight and bias, without the factor
   SavedVariable residual_;
   c10::SymInt numel_;
-  bool has_bias_ = false, mean_ = false, none_ = false;
+  bool has_bias_ = false, mean_ = false, none_ = false, empty_ = false;
 };
 
 using NodePtr = std::remove_cvref_t<decltype(std::declval<const at::Tensor&>().grad_fn())>;
@@ -188,6 +222,8 @@ at::Tensor linear_mse_loss(const at::Tensor& input, const at::Tensor& weight,
       call_linear_mse(input, weight, bias, target, reduction, false, false, false, false));
 }
 
+}  // namespace
+
 at::Tensor linear_mse_loss_autograd(const at::Tensor& input, const at::Tensor& weight,
                                     const std::optional<at::Tensor>& bias, const at::Tensor& target,
                                     std::string_view reduction) {
@@ -215,7 +251,6 @@ at::Tensor linear_mse_loss_autograd(const at::Tensor& input, const at::Tensor& w
   return loss;
 }
 
-}  // namespace
 }  // namespace fused_step
 
 TORCH_LIBRARY_IMPL(fused_step, CompositeExplicitAutograd, m) {

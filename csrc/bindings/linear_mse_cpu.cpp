@@ -8,7 +8,10 @@
 #include <ATen/ops/square.h>
 #include <torch/library.h>
 
+#include <vector>
+
 #include "bindings/linear_mse_passes.h"
+#include "bindings/linear_mse_widened.h"
 #include "core/mse_math.h"
 #include "cpu/kernels.h"
 #include "cpu/policy.h"
@@ -23,7 +26,7 @@ struct Batch {
   at::Tensor bias;    // [O] contiguous
   at::Tensor target;  // [B, O]
   at::Tensor loss;    // []
-  // Contiguous.
+  // Contiguous; dtypes as LinearMseResult has them.
   at::Tensor dx;        // [B, I]
   at::Tensor dweight;   // [O, I]
   at::Tensor dbias;     // [O]
@@ -35,27 +38,28 @@ struct Batch {
   int64_t O() const { return weight.size(0); }
 };
 
-template <typename T>
-const T* read(const at::Tensor& t) {
-  return t.defined() ? t.const_data_ptr<T>() : nullptr;
-}
-
-template <typename T>
-T* written(const at::Tensor& t) {
-  return t.defined() ? t.mutable_data_ptr<T>() : nullptr;
-}
-
-// Loss and db, from the partial sums of all chunks.
-template <typename T>
-void finish_sums(const Batch& b, const double* dbias, const double* loss, const RowChunks& cut) {
+// Loss and db, from the partial sums of all chunks. P is what parameters are stored in.
+template <typename P>
+void finish_sums(const Batch& b, const double* dbias, const double* loss, int64_t chunks) {
+  using T = Accum<P>;
   const int64_t stride = sums_stride(b.O());
-  *written<T>(b.loss) = static_cast<T>(sum_chunks(loss, cut.count, stride) *
-                                       mse_loss_scale(b.reduction, b.B(), b.O()));
+  *written<P>(b.loss) = narrow<P>(
+      static_cast<T>(sum_chunks(loss, chunks, stride) * mse_loss_scale(b.reduction, b.B(), b.O())));
   if (!b.dbias.defined()) return;
   T* const out = written<T>(b.dbias);
   for (int64_t o = 0; o < b.O(); ++o) {
-    out[o] = static_cast<T>(sum_chunks(dbias + o, cut.count, stride));
+    out[o] = static_cast<T>(sum_chunks(dbias + o, chunks, stride));
   }
+}
+
+template <typename T>
+void sum_dweight(const Batch& b, const T* partial, int64_t chunks) {
+  if (!b.dweight.defined()) return;
+  const int64_t I = b.I(), O = b.O();
+  const cpu::OnePassGrad<T> grad{partial, chunks, dweight_stride(O, I), written<T>(b.dweight), I};
+  for_each_weight(O, I, chunks, [&](int64_t o, int64_t i, int64_t i_end) {
+    cpu::kernels<T>().one_pass_grad(grad, o, o + 1, i, i_end);
+  });
 }
 
 template <typename T>
@@ -68,14 +72,8 @@ void one_pass(const Batch& b) {
   one_pass_sums<T>({rows_of<T>(b.x, b.target), read<T>(b.weight), read<T>(b.bias), I, O,
                     /*dy_scale=*/1.0, partial, written<T>(b.dx)},
                    cut);
-  if (b.dweight.defined()) {
-    const cpu::OnePassGrad<T> grad{partial.dweight, cut.count, dweight_stride(O, I),
-                                   written<T>(b.dweight), I};
-    for_each_weight(O, I, cut.count, [&](int64_t o, int64_t i, int64_t i_end) {
-      cpu::kernels<T>().one_pass_grad(grad, o, o + 1, i, i_end);
-    });
-  }
-  finish_sums<T>(b, partial.dbias, partial.loss, cut);
+  sum_dweight(b, partial.dweight, cut.count);
+  finish_sums<T>(b, partial.dbias, partial.loss, cut.count);
 }
 
 // The residual is made in the memory of y, which is given back when nobody asked for it.
@@ -92,14 +90,51 @@ void gemm(Batch& b) {
                    cut);
   if (b.dweight.defined()) at::mm_out(b.dweight, r.t(), b.x);
   if (b.dx.defined()) at::mm_out(b.dx, r, b.weight);
-  finish_sums<T>(b, sums.dbias, sums.loss, cut);
+  finish_sums<T>(b, sums.dbias, sums.loss, cut.count);
 }
 
-template <typename T>
+template <typename X, typename P>
+WidenedBatch<X, P> widened(const Batch& b) {
+  return {read<X>(b.x),
+          b.x.stride(0),
+          read<P>(b.target),
+          b.target.stride(0),
+          read<P>(b.weight),
+          read<P>(b.bias),
+          {b.B(), b.I(), b.O()},
+          /*dy_scale=*/1.0,
+          written<cpu::Unscaled<X>>(b.dx),
+          written<cpu::Unscaled<P>>(b.residual)};
+}
+
+template <typename X, typename P>
+void one_pass_widened(const Batch& b) {
+  Workspace workspace;
+  const WidenedSums sums = widened_one_pass(widened<X, P>(b), b.dweight.defined(), workspace);
+  sum_dweight(b, sums.partial.dweight, sums.cut.count);
+  finish_sums<P>(b, sums.partial.dbias, sums.partial.loss, sums.cut.count);
+}
+
+template <typename X, typename P>
+void gemm_widened(const Batch& b) {
+  Workspace workspace;
+  std::vector<double> sums(static_cast<size_t>(sums_stride(b.O())));
+  double *const dbias = sums.data(), *const loss = dbias + b.O();
+  widened_gemm(widened<X, P>(b), b.dweight, dbias, loss, workspace);
+  finish_sums<P>(b, dbias, loss, 1);
+}
+
+template <typename X, typename P>
 void compute(Batch& b) {
-  const cpu::Plan plan = cpu::choose_plan({b.B(), b.I(), b.O()}, static_cast<int64_t>(sizeof(T)));
+  const cpu::Plan plan =
+      cpu::choose_plan({b.B(), b.I(), b.O()}, static_cast<int64_t>(sizeof(Accum<X>)));
   // One-pass has each residual in registers only.
-  plan == cpu::Plan::kOnePass && !b.residual.defined() ? one_pass<T>(b) : gemm<T>(b);
+  const bool one_pass_fits = plan == cpu::Plan::kOnePass && !b.residual.defined();
+  if constexpr (kIs16Bit<X>) {
+    one_pass_fits ? one_pass_widened<X, P>(b) : gemm_widened<X, P>(b);
+  } else {
+    one_pass_fits ? one_pass<X>(b) : gemm<X>(b);
+  }
 }
 
 LinearMseResult linear_mse_cpu(const at::Tensor& input, const at::Tensor& weight,
@@ -111,7 +146,10 @@ LinearMseResult linear_mse_cpu(const at::Tensor& input, const at::Tensor& weight
   const BelowDispatcher below;
   const int64_t O = weight.size(0), I = weight.size(1);
   const bool none = reduction == "none";
-  const at::TensorOptions options = weight.options();
+  const at::TensorOptions options = weight.options(),
+                          of_x = options.dtype(unscaled_dtype(input.scalar_type())),
+                          of_residual = options.dtype(unscaled_dtype(target.scalar_type()));
+  const at::TensorOptions of_sums = options.dtype(accum_dtype(weight.scalar_type()));
   Batch b;
   b.x = as_rows(input, I);
   b.weight = weight.contiguous();
@@ -119,19 +157,23 @@ LinearMseResult linear_mse_cpu(const at::Tensor& input, const at::Tensor& weight
   b.target = as_rows(target, O);
   b.reduction = reduction == "mean" ? Reduction::kMean : Reduction::kSum;
   b.loss = at::empty({}, options);
-  if (need_dinput && !none) b.dx = at::empty({b.B(), I}, options);
-  if (need_dweight && !none) b.dweight = at::empty({O, I}, options);
-  if (need_dbias && !none) b.dbias = at::empty({O}, options);
-  if (need_residual || none) b.residual = at::empty({b.B(), O}, options);
-  weight.scalar_type() == at::kFloat ? compute<float>(b) : compute<double>(b);
+  if (need_dinput && !none) b.dx = at::empty({b.B(), I}, of_x);
+  if (need_dweight && !none) b.dweight = at::empty({O, I}, of_sums);
+  if (need_dbias && !none) b.dbias = at::empty({O}, of_sums);
+  if (need_residual || none) b.residual = at::empty({b.B(), O}, of_residual);
+  with_pair(input.scalar_type(), weight.scalar_type(),
+            [&](auto x, auto param) { compute<decltype(x), decltype(param)>(b); });
 
-  const auto result = [&](const at::Tensor& t, at::IntArrayRef sizes) {
-    return t.defined() ? at::_unsafe_view(t, sizes) : at::empty({0}, options);
+  const auto result = [](const at::Tensor& t, at::IntArrayRef sizes,
+                         const at::TensorOptions& like) {
+    return t.defined() ? at::_unsafe_view(t, sizes) : at::empty({0}, like);
   };
-  const at::Tensor loss = none ? at::_unsafe_view(b.residual.square(), target.sizes()) : b.loss;
+  const at::Tensor loss =
+      none ? at::_unsafe_view(b.residual.square().to(weight.scalar_type()), target.sizes())
+           : b.loss;
   if (!need_residual) b.residual = at::Tensor();
-  return {loss, result(b.dx, input.sizes()), result(b.dweight, weight.sizes()),
-          result(b.dbias, {O}), result(b.residual, target.sizes())};
+  return {loss, result(b.dx, input.sizes(), of_x), result(b.dweight, weight.sizes(), of_sums),
+          result(b.dbias, {O}, of_sums), result(b.residual, target.sizes(), of_residual)};
 }
 
 }  // namespace

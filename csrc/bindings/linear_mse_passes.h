@@ -13,6 +13,7 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "bindings/dtypes.h"
 #include "cpu/kernels.h"
 #include "cpu/policy.h"
 
@@ -41,6 +42,16 @@ class BelowDispatcher {
   c10::impl::ExcludeDispatchKeyGuard no_autocast_{c10::autocast_dispatch_keyset};
 };
 
+// The loops over tensors stored as S.
+template <typename S>
+const auto& kernels_of() {
+  if constexpr (kIs16Bit<S>) {
+    return cpu::widening_kernels<S>();
+  } else {
+    return cpu::kernels<S>();
+  }
+}
+
 // [rows, columns] with adjacent columns, a copy only where no such view exists.
 inline at::Tensor as_rows(const at::Tensor& t, int64_t columns) {
   if (t.dim() == 2 && (t.stride(1) == 1 || columns == 1)) return t;
@@ -50,8 +61,7 @@ inline at::Tensor as_rows(const at::Tensor& t, int64_t columns) {
 
 template <typename T>
 cpu::Rows<T> rows_of(const at::Tensor& x, const at::Tensor& target) {
-  return {x.const_data_ptr<T>(), target.const_data_ptr<T>(), x.stride(0), target.stride(0),
-          x.size(0)};
+  return {read<T>(x), read<T>(target), x.stride(0), target.stride(0), x.size(0)};
 }
 
 inline int64_t round_up(int64_t n, int64_t to) { return cpu::ceil_div(n, to) * to; }
@@ -85,6 +95,13 @@ cpu::PartialSums<T> reserve_partials(Workspace& workspace, int64_t chunks, int64
   return {with_dweight ? reinterpret_cast<T*>(base) : nullptr, sums, sums + O};
 }
 
+// Those of chunk c, where `first` are those of chunk 0.
+template <typename T>
+cpu::PartialSums<T> chunk_sums(const cpu::PartialSums<T>& first, int64_t c, int64_t O, int64_t I) {
+  return {first.dweight != nullptr ? first.dweight + c * dweight_stride(O, I) : nullptr,
+          first.dbias + c * sums_stride(O), first.loss + c * sums_stride(O)};
+}
+
 // `all` describes the whole batch, and as its partial sums those of chunk 0.
 template <typename T>
 void one_pass_sums(const cpu::OnePassChunk<T>& all, const RowChunks& cut) {
@@ -96,9 +113,7 @@ void one_pass_sums(const cpu::OnePassChunk<T>& all, const RowChunks& cut) {
       chunk.batch.x += row * all.batch.x_stride;
       chunk.batch.target += row * all.batch.target_stride;
       chunk.batch.rows = std::min(cut.rows, all.batch.rows - row);
-      if (all.partial.dweight != nullptr) chunk.partial.dweight += c * dweight_stride(all.O, all.I);
-      chunk.partial.dbias += c * sums_stride(all.O);
-      chunk.partial.loss += c * sums_stride(all.O);
+      chunk.partial = chunk_sums(all.partial, c, all.O, all.I);
       if (all.dx != nullptr) chunk.dx += row * all.I;
       kernels.one_pass_chunk(chunk);
     }
@@ -120,10 +135,10 @@ void for_each_weight(int64_t O, int64_t I, int64_t chunks, const Task& task) {
   });
 }
 
-// `all` likewise, for the gemm plan.
+// `all` likewise, for the gemm plan. T is what the target is stored in.
 template <typename T>
 void residual_sums(const cpu::ResidualChunk<T>& all, const RowChunks& cut) {
-  const cpu::Kernels<T>& kernels = cpu::kernels<T>();
+  const auto& kernels = kernels_of<T>();
   at::parallel_for(0, cut.count, 1, [&](int64_t begin, int64_t end) {
     for (int64_t c = begin; c < end; ++c) {
       const int64_t row = c * cut.rows;

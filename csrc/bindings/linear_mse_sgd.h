@@ -18,7 +18,7 @@ namespace fused_step {
 
 // What a step changes, and how. Undefined tensors: no bias, no momentum.
 struct LinearSgdState {
-  at::Tensor weight;      // [O, I] contiguous, float32 or float64
+  at::Tensor weight;      // [O, I] contiguous; all of its dtype
   at::Tensor bias;        // [O] contiguous
   at::Tensor weight_buf;  // [O, I] contiguous, defined with momentum
   at::Tensor bias_buf;    // [O] contiguous, defined with bias and momentum
@@ -33,7 +33,8 @@ struct LinearSgdState {
 // The plan for a batch of B rows.
 cpu::Plan plan_for(const LinearSgdState& state, int64_t B);
 
-// One step on input [*, I] and target [*, O]; returns the loss before the update, 0-dim.
+// One step on input [*, I] and target [*, O], dtypes as is_fused_pair() has them; returns the loss
+// before the update, 0-dim.
 at::Tensor linear_mse_sgd_cpu(const LinearSgdState& state, const at::Tensor& input,
                               const at::Tensor& target, Workspace& workspace);
 

@@ -8,9 +8,11 @@
 
 #include <algorithm>
 #include <cstring>
+#include <vector>
 
 #include "bindings/linear_mse_passes.h"
 #include "bindings/linear_mse_sgd.h"
+#include "bindings/linear_mse_widened.h"
 #include "core/mse_math.h"
 #include "cpu/bias.h"
 #include "cpu/kernels.h"
@@ -21,26 +23,28 @@ using cpu::Plan;
 
 namespace {
 
-template <typename T>
-T* data_or_null(const at::Tensor& t) {
-  return t.defined() ? t.mutable_data_ptr<T>() : nullptr;
-}
-
-template <typename T>
-cpu::LinearParams<T> params_of(const LinearSgdState& s) {
-  return {data_or_null<T>(s.weight),
-          data_or_null<T>(s.bias),
-          data_or_null<T>(s.weight_buf),
-          data_or_null<T>(s.bias_buf),
-          s.weight_options,
-          s.bias_options,
-          s.weight.size(1),
-          s.weight.size(0)};
+template <typename P>
+cpu::LinearParams<P> params_of(const LinearSgdState& s) {
+  return {written<P>(s.weight),   written<P>(s.bias), written<P>(s.weight_buf),
+          written<P>(s.bias_buf), s.weight_options,   s.bias_options,
+          s.weight.size(1),       s.weight.size(0)};
 }
 
 template <typename T>
 T total_loss(const double* loss, const RowChunks& cut, int64_t O, double scale) {
   return static_cast<T>(sum_chunks(loss, cut.count, sums_stride(O)) * scale);
+}
+
+// Every read of W has ended.
+template <typename P>
+void update_from_partials(const cpu::PartialSums<Accum<P>>& partial, int64_t chunks,
+                          const cpu::LinearParams<P>& params) {
+  const int64_t I = params.I, O = params.O;
+  const cpu::OnePassUpdate<P> update{partial.dweight, chunks, dweight_stride(O, I), params};
+  for_each_weight(O, I, chunks, [&](int64_t o, int64_t i, int64_t i_end) {
+    kernels_of<P>().one_pass_update(update, o, o + 1, i, i_end);
+  });
+  cpu::update_bias<P>(partial.dbias, chunks, sums_stride(O), params);
 }
 
 template <typename T>
@@ -65,14 +69,26 @@ T one_pass_step(const cpu::Rows<T>& batch, Reduction reduction, const cpu::Linea
   const cpu::PartialSums<T> partial = reserve_partials<T>(workspace, cut.count, O, I);
   one_pass_sums<T>(
       {batch, params.weight, params.bias, I, O, mse_dy_scale(reduction, B, O), partial}, cut);
-
-  // Every read of W has ended.
-  const cpu::OnePassUpdate<T> update{partial.dweight, cut.count, dweight_stride(O, I), params};
-  for_each_weight(O, I, cut.count, [&](int64_t o, int64_t i, int64_t i_end) {
-    cpu::kernels<T>().one_pass_update(update, o, o + 1, i, i_end);
-  });
-  cpu::update_bias<T>(partial.dbias, cut.count, sums_stride(O), params);
+  update_from_partials(partial, cut.count, params);
   return total_loss<T>(partial.loss, cut, O, mse_loss_scale(reduction, B, O));
+}
+
+// Updates n outputs from o on.
+template <typename P>
+void update_outputs(const cpu::LinearParams<P>& params,
+                    const Accum<P>* grad,  // [n, I]
+                    int64_t o, int64_t n) {
+  // Tasks of a fixed size: where vectors end does not depend on the number of threads.
+  const int64_t elements = n * params.I;
+  const int64_t tasks = cpu::ceil_div(elements, cpu::kElementwiseGrain);
+  at::parallel_for(0, tasks, 1, [&](int64_t first, int64_t last) {
+    const int64_t begin = first * cpu::kElementwiseGrain;
+    const int64_t end = std::min(last * cpu::kElementwiseGrain, elements);
+    const int64_t at = o * params.I + begin;
+    P* const buf = params.weight_buf != nullptr ? params.weight_buf + at : nullptr;
+    kernels_of<P>().sgd(
+        {params.weight + at, grad + begin, buf, end - begin, params.weight_options});
+  });
 }
 
 // dW = dy^T x panel by panel, each used up at once. Never as one GEMM into W: BLAS adds blocks of
@@ -87,16 +103,7 @@ void gemm_update(const at::Tensor& dy, const at::Tensor& x, const cpu::LinearPar
     const int64_t n = std::min(outputs, O - o);
     at::Tensor grad = at::from_blob(workspace, {n, I}, dy.options());
     at::mm_out(grad, dy.narrow(1, o, n).t(), x);
-    // Tasks of a fixed size: where vectors end does not depend on the number of threads.
-    const int64_t tasks = cpu::ceil_div(n * I, cpu::kElementwiseGrain);
-    at::parallel_for(0, tasks, 1, [&](int64_t first, int64_t last) {
-      const int64_t begin = first * cpu::kElementwiseGrain;
-      const int64_t end = std::min(last * cpu::kElementwiseGrain, n * I);
-      const int64_t at = o * I + begin;
-      T* const buf = params.weight_buf != nullptr ? params.weight_buf + at : nullptr;
-      cpu::kernels<T>().sgd(
-          {params.weight + at, workspace + begin, buf, end - begin, params.weight_options});
-    });
+    update_outputs(params, workspace, o, n);
   }
 }
 
@@ -126,16 +133,50 @@ T gemm_step(const LinearSgdState& state, const at::Tensor& x, const cpu::Rows<T>
   return total_loss<T>(sums + O, cut, O, mse_loss_scale(state.reduction, B, O));
 }
 
-template <typename T>
-T step(const LinearSgdState& state, const at::Tensor& x, const at::Tensor& target,
-       Workspace& workspace) {
-  const cpu::Rows<T> batch = rows_of<T>(x, target);
-  const cpu::LinearParams<T> params = params_of<T>(state);
-  if (plan_for(state, batch.rows) == Plan::kOnePass) {
-    return one_pass_step(batch, state.reduction, params, workspace);
+// The same two plans where x or W is 16 bit: dW as a whole, in float.
+template <typename X, typename P>
+float widened_step(const LinearSgdState& state, const WidenedBatch<X, P>& batch, Plan plan,
+                   Workspace& workspace) {
+  const auto [B, I, O] = batch.shape;
+  const cpu::LinearParams<P> params = params_of<P>(state);
+  const double loss_scale = mse_loss_scale(state.reduction, B, O);
+  if (plan == Plan::kOnePass) {
+    const WidenedSums sums = widened_one_pass(batch, /*with_dweight=*/true, workspace);
+    update_from_partials(sums.partial, sums.cut.count, params);
+    return total_loss<float>(sums.partial.loss, sums.cut, O, loss_scale);
   }
   const BelowDispatcher below;
-  return gemm_step(state, x, batch, params, workspace);
+  const at::Tensor dweight = at::detail::empty_cpu({O, I}, at::TensorOptions().dtype(at::kFloat));
+  std::vector<double> sums(static_cast<size_t>(sums_stride(O)));
+  double *const dbias = sums.data(), *const loss = dbias + O;
+  widened_gemm(batch, dweight, dbias, loss, workspace);
+  update_outputs(params, read<float>(dweight), 0, O);
+  cpu::update_bias<P>(dbias, 1, O, params);
+  return static_cast<float>(*loss * loss_scale);
+}
+
+template <typename X, typename P>
+Accum<P> step(const LinearSgdState& state, const at::Tensor& x, const at::Tensor& target,
+              Workspace& workspace) {
+  const int64_t B = x.size(0), I = state.weight.size(1), O = state.weight.size(0);
+  const Plan plan = plan_for(state, B);
+  if constexpr (kIs16Bit<X>) {
+    const WidenedBatch<X, P> batch{read<X>(x),
+                                   x.stride(0),
+                                   read<P>(target),
+                                   target.stride(0),
+                                   read<P>(state.weight),
+                                   read<P>(state.bias),
+                                   {B, I, O},
+                                   mse_dy_scale(state.reduction, B, O)};
+    return widened_step(state, batch, plan, workspace);
+  } else {
+    const cpu::Rows<X> batch = rows_of<X>(x, target);
+    const cpu::LinearParams<X> params = params_of<X>(state);
+    if (plan == Plan::kOnePass) return one_pass_step(batch, state.reduction, params, workspace);
+    const BelowDispatcher below;
+    return gemm_step(state, x, batch, params, workspace);
+  }
 }
 
 void bump_versions(const LinearSgdState& state) {
@@ -155,8 +196,8 @@ void gather_rows(const char* from, int64_t from_stride, const int64_t* index, in
   });
 }
 
-// The batches of a run, as rows of [n * rows_per_sample] data.
-template <typename T>
+// The batches of a run, as rows of [n * rows_per_sample] data: x stored as X, the rest as P.
+template <typename X, typename P>
 class Runner {
  public:
   Runner(LinearSgdState& state, const at::Tensor& x, const at::Tensor& target, int64_t n,
@@ -174,29 +215,32 @@ class Runner {
     const int64_t per_epoch = cpu::ceil_div(n_, options_.batch_size);
     at::Tensor losses = at::detail::empty_cpu(
         {options_.epochs * per_epoch}, at::TensorOptions().dtype(state_.weight.scalar_type()));
-    loss_ = losses.mutable_data_ptr<T>();
+    loss_ = written<P>(losses);
     const int64_t total = losses.numel();
     if (total == 0) return losses;
     const int64_t batch_rows = std::min(options_.batch_size, n_) * per_sample_;
     const LinearShape shape{batch_rows, state_.weight.size(1), state_.weight.size(0)};
-    const bool serial = !options_.shuffle && batch_rows > 0 &&
+    const bool serial = !kIs16Bit<X> && !options_.shuffle && batch_rows > 0 &&
                         plan_for(state_, batch_rows) == Plan::kOnePass &&
                         cpu::one_pass_chunks(shape) == 1;
     // About a millisecond of steps at 10 multiply-adds per nanosecond.
     slice_ = std::max<int64_t>(1, 10'000'000 / (2 * shape.B * shape.I * shape.O + 500));
-    serial ? run_serial(batch_rows, total) : run_batches(per_epoch);
+    if constexpr (!kIs16Bit<X>) {
+      if (serial) run_serial(batch_rows, total);
+    }
+    if (!serial) run_batches(per_epoch);
     return losses;
   }
 
  private:
   void run_serial(int64_t batch_rows, int64_t total) {
-    const cpu::Rows<T> data = rows_of<T>(x_, target_);
+    const cpu::Rows<P> data = rows_of<P>(x_, target_);
     int64_t row = 0;
     const int64_t per_epoch = cpu::ceil_div(data.rows, batch_rows);
     for (int64_t done = 0; done < total;) {
       const int64_t steps = std::min(slice_, total - done);
       row = done % per_epoch * batch_rows;
-      serial_steps(data, batch_rows, row, steps, state_.reduction, params_of<T>(state_), workspace_,
+      serial_steps(data, batch_rows, row, steps, state_.reduction, params_of<P>(state_), workspace_,
                    loss_ + done);
       after(steps);
       done += steps;
@@ -212,11 +256,12 @@ class Runner {
       for (int64_t k = 0; k < per_epoch; ++k) {
         const int64_t first = k * options_.batch_size;
         const int64_t count = std::min(options_.batch_size, n_ - first);
-        loss_[done] =
+        loss_[done] = narrow<P>(
             options_.shuffle
                 ? shuffled_step(order, first, count)
-                : step<T>(state_, x_.narrow(0, first * per_sample_, count * per_sample_),
-                          target_.narrow(0, first * per_sample_, count * per_sample_), workspace_);
+                : step<X, P>(state_, x_.narrow(0, first * per_sample_, count * per_sample_),
+                             target_.narrow(0, first * per_sample_, count * per_sample_),
+                             workspace_));
         after(1);
         ++done;
         if (++since_poll >= slice_) {
@@ -228,10 +273,10 @@ class Runner {
     poll_(done);
   }
 
-  T shuffled_step(const at::Tensor& order, int64_t first, int64_t count) {
+  Accum<P> shuffled_step(const at::Tensor& order, int64_t first, int64_t count) {
     const int64_t* index = order.const_data_ptr<int64_t>() + first;
-    return step<T>(state_, gathered(x_, x_batch_, index, count),
-                   gathered(target_, target_batch_, index, count), workspace_);
+    return step<X, P>(state_, gathered(x_, x_batch_, index, count),
+                      gathered(target_, target_batch_, index, count), workspace_);
   }
 
   at::Tensor gathered(const at::Tensor& from, at::Tensor& batch, const int64_t* index,
@@ -241,7 +286,7 @@ class Runner {
       const int64_t rows = std::min(options_.batch_size, n_) * per_sample_;
       batch = at::detail::empty_cpu({rows, columns}, at::TensorOptions().dtype(from.scalar_type()));
     }
-    const int64_t bytes = static_cast<int64_t>(sizeof(T));
+    const auto bytes = static_cast<int64_t>(from.element_size());
     gather_rows(static_cast<const char*>(from.const_data_ptr()),
                 from.stride(0) * per_sample_ * bytes, index, count, per_sample_ * columns * bytes,
                 static_cast<char*>(batch.mutable_data_ptr()));
@@ -264,7 +309,7 @@ class Runner {
   Workspace& workspace_;
   const std::function<void(int64_t)>& poll_;
   at::Tensor x_batch_, target_batch_;
-  T* loss_ = nullptr;
+  P* loss_ = nullptr;
   int64_t slice_ = 1;
 };
 
@@ -272,7 +317,7 @@ class Runner {
 
 Plan plan_for(const LinearSgdState& state, int64_t B) {
   return cpu::choose_plan({B, state.weight.size(1), state.weight.size(0)},
-                          static_cast<int64_t>(state.weight.element_size()));
+                          at::elementSize(accum_dtype(state.weight.scalar_type())));
 }
 
 at::Tensor linear_mse_sgd_cpu(const LinearSgdState& state, const at::Tensor& input,
@@ -281,11 +326,11 @@ at::Tensor linear_mse_sgd_cpu(const LinearSgdState& state, const at::Tensor& inp
   const at::Tensor t = as_rows(target, state.weight.size(0));
   const at::ScalarType dtype = state.weight.scalar_type();
   at::Tensor loss = at::detail::empty_cpu({}, at::TensorOptions().dtype(dtype));
-  if (dtype == at::kFloat) {
-    *loss.mutable_data_ptr<float>() = step<float>(state, x, t, workspace);
-  } else {
-    *loss.mutable_data_ptr<double>() = step<double>(state, x, t, workspace);
-  }
+  with_pair(x.scalar_type(), dtype, [&](auto of_x, auto of_param) {
+    using X = decltype(of_x);
+    using P = decltype(of_param);
+    *written<P>(loss) = narrow<P>(step<X, P>(state, x, t, workspace));
+  });
   bump_versions(state);
   return loss;
 }
@@ -299,10 +344,10 @@ at::Tensor run_linear_mse_sgd_cpu(LinearSgdState state, const at::Tensor& inputs
   const at::Tensor x = as_rows(plain_rows ? inputs : inputs.contiguous(), state.weight.size(1));
   const at::Tensor t = as_rows(plain_rows ? targets : targets.contiguous(), state.weight.size(0));
   const int64_t n = inputs.size(0);
-  if (state.weight.scalar_type() == at::kFloat) {
-    return Runner<float>(state, x, t, n, options, workspace, poll).run();
-  }
-  return Runner<double>(state, x, t, n, options, workspace, poll).run();
+  return with_pair(x.scalar_type(), state.weight.scalar_type(), [&](auto of_x, auto of_param) {
+    return Runner<decltype(of_x), decltype(of_param)>(state, x, t, n, options, workspace, poll)
+        .run();
+  });
 }
 
 }  // namespace fused_step

@@ -5,7 +5,6 @@
 
 #include <ATen/ops/empty.h>
 #include <ATen/ops/index_select.h>
-#include <ATen/ops/mm.h>
 #include <ATen/ops/randperm.h>
 #include <ATen/ops/zeros.h>
 #include <c10/core/Event.h>
@@ -18,6 +17,7 @@
 #include <optional>
 
 #include "bindings/cuda_support.h"
+#include "bindings/dtypes.h"
 #include "bindings/linear_mse_passes.h"
 #include "core/mse_math.h"
 #include "cuda/launch.h"
@@ -40,7 +40,7 @@ struct RowTensors {
   }
   template <typename X, typename P>
   cuda::Rows<X, P> pointers() const {
-    return {read_data<X>(x), read_data<P>(target), x.stride(0), target.stride(0)};
+    return {read<X>(x), read<P>(target), x.stride(0), target.stride(0)};
   }
 };
 
@@ -58,20 +58,21 @@ Plan plan_of(const LinearSgdState& state, at::ScalarType input_type, int64_t B) 
 
 template <typename P>
 cuda::Param<P> weight_of(const LinearSgdState& s) {
-  return {written_data<P>(s.weight), written_data<P>(s.weight_buf), s.weight_options,
-          read_data<float>(s.weight_lr)};
+  return {written<P>(s.weight), written<P>(s.weight_buf), s.weight_options,
+          read<float>(s.weight_lr)};
 }
 template <typename P>
 cuda::Param<P> bias_of(const LinearSgdState& s) {
-  return {written_data<P>(s.bias), written_data<P>(s.bias_buf), s.bias_options,
-          read_data<float>(s.bias_lr)};
+  return {written<P>(s.bias), written<P>(s.bias_buf), s.bias_options, read<float>(s.bias_lr)};
 }
 
 // The steps of one launch, from step `first_step` of a run on: their losses go to `losses`.
 void tiny_steps(const LinearSgdState& state, const RowTensors& data, int64_t batch_rows,
                 int64_t first_step, int64_t steps, void* losses, c10::cuda::CUDAStream stream) {
   const LinearShape shape = shape_of(state, batch_rows);
-  for_types(data.x.scalar_type(), state.weight.scalar_type(), [&]<typename X, typename P>() {
+  with_pair(data.x.scalar_type(), state.weight.scalar_type(), [&](auto of_x, auto of_param) {
+    using X = decltype(of_x);
+    using P = decltype(of_param);
     const cuda::TinySteps<X, P> args{data.pointers<X, P>(),
                                      data.count(),
                                      batch_rows,
@@ -90,7 +91,9 @@ void tiny_steps(const LinearSgdState& state, const RowTensors& data, int64_t bat
 void one_pass_step(const LinearSgdState& state, const RowTensors& batch, void* loss,
                    DeviceScratch& scratch, c10::cuda::CUDAStream stream) {
   const LinearShape shape = shape_of(state, batch.count());
-  for_types(batch.x.scalar_type(), state.weight.scalar_type(), [&]<typename X, typename P>() {
+  with_pair(batch.x.scalar_type(), state.weight.scalar_type(), [&](auto of_x, auto of_param) {
+    using X = decltype(of_x);
+    using P = decltype(of_param);
     const int64_t bytes = cuda::one_pass_workspace<X, P>(shape);
     const cuda::OnePassStep<X, P> args{batch.pointers<X, P>(),
                                        shape,
@@ -108,13 +111,14 @@ template <typename P>
 void update_param(const cuda::Param<P>& param, const at::Tensor& grad, double grad_scale,
                   c10::cuda::CUDAStream stream) {
   if (param.value == nullptr || grad.numel() == 0) return;
-  const cuda::SgdUpdate<P> args{param, read_data<Accum<P>>(grad), grad_scale, grad.numel()};
+  const cuda::SgdUpdate<P> args{param, read<Accum<P>>(grad), grad_scale, grad.numel()};
   C10_CUDA_CHECK(cuda::launch_sgd_update(args, stream));
 }
 
 void update_params(const LinearSgdState& state, const at::Tensor& dweight, const at::Tensor& dbias,
                    double grad_scale, c10::cuda::CUDAStream stream) {
-  for_param_type(state.weight.scalar_type(), [&]<typename P>() {
+  with_storage(state.weight.scalar_type(), [&](auto of_param) {
+    using P = decltype(of_param);
     if (dweight.defined()) update_param(weight_of<P>(state), dweight, grad_scale, stream);
     if (dbias.defined()) update_param(bias_of<P>(state), dbias, grad_scale, stream);
   });
@@ -140,21 +144,22 @@ void gemm_step(const LinearSgdState& state, RowTensors batch, void* loss, Device
   batch.x = batch.x.to(dtype);
   const at::TensorOptions options = batch.x.options();
 
-  at::Tensor r = at::empty({B, O}, options);
-  at::mm_out(r, batch.x, state.weight.t());
+  const at::Tensor r = at::empty({B, O}, options);
+  gemm_into(r, batch.x, state.weight.t());
   at::Tensor dbias;
-  if (state.bias.defined()) dbias = at::empty({O}, options.dtype(accum_type(dtype)));
-  for_param_type(dtype, [&]<typename P>() {
+  if (state.bias.defined()) dbias = at::empty({O}, options.dtype(accum_dtype(dtype)));
+  with_storage(dtype, [&](auto of_param) {
+    using P = decltype(of_param);
     const int64_t bytes = cuda::residual_workspace<P, P>(B, O);
-    const cuda::Residual<P, P> args{written_data<P>(r),
-                                    read_data<P>(batch.target),
+    const cuda::Residual<P, P> args{written<P>(r),
+                                    read<P>(batch.target),
                                     batch.target.stride(0),
                                     B,
                                     O,
                                     state.reduction,
-                                    read_data<P>(state.bias),
+                                    read<P>(state.bias),
                                     static_cast<P*>(loss),
-                                    written_data<Accum<P>>(dbias),
+                                    written<Accum<P>>(dbias),
                                     reserve_scratch(scratch, stream, bytes)};
     C10_CUDA_CHECK(cuda::launch_residual(args, stream));
   });
@@ -169,8 +174,8 @@ void gemm_step(const LinearSgdState& state, RowTensors batch, void* loss, Device
     at::Tensor weight = state.weight;
     weight.addmm_(r.t(), batch.x, 1.0, factor);
   } else {
-    dweight = at::empty(state.weight.sizes(), options.dtype(accum_type(dtype)));
-    transposed_product(dweight, r, batch.x);
+    dweight = at::empty(state.weight.sizes(), options.dtype(accum_dtype(dtype)));
+    gemm_into(dweight, r.t(), batch.x);
   }
   update_params(state, dweight, dbias, dy_scale, stream);
 }
@@ -179,7 +184,7 @@ void gemm_step(const LinearSgdState& state, RowTensors batch, void* loss, Device
 void empty_step(const LinearSgdState& state, at::Tensor loss, c10::cuda::CUDAStream stream) {
   loss.fill_(state.reduction == Reduction::kMean ? std::numeric_limits<double>::quiet_NaN() : 0.0);
   const at::TensorOptions options =
-      state.weight.options().dtype(accum_type(state.weight.scalar_type()));
+      state.weight.options().dtype(accum_dtype(state.weight.scalar_type()));
   at::Tensor dbias;
   if (state.bias.defined()) dbias = at::zeros(state.bias.sizes(), options);
   update_params(state, at::zeros(state.weight.sizes(), options), dbias, 1.0, stream);

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT
 #include "bindings/linear_step.h"
 
+#include <ATen/autocast_mode.h>
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/empty.h>
 #include <torch/csrc/Exceptions.h>
@@ -12,6 +13,7 @@
 #include <chrono>
 #include <functional>
 
+#include "bindings/dtypes.h"
 #include "bindings/engines.h"
 #include "bindings/memory.h"
 #include "bindings/python_objects.h"
@@ -87,8 +89,8 @@ bool check_param(const char* name, PyObject* object, const at::Tensor& weight, V
   }
   const at::Tensor& t = THPVariable_Unpack(object);
   if (against(!is_plain(t, weight.device()), kNotPlain)) return false;
-  if (against(t.scalar_type() != dtype || (dtype != at::kFloat && dtype != at::kDouble),
-              " is not float32 or float64, or not of the weight's dtype")) {
+  if (against(t.scalar_type() != dtype || !is_fused_dtype(dtype),
+              " is not float32, float64, bfloat16 or float16, or not of the weight's dtype")) {
     return false;
   }
   if (against(!t.is_contiguous(), " is not contiguous")) return false;
@@ -119,13 +121,31 @@ bool check_lr(PyObject* object, const at::Tensor& weight, Verdict& v, at::Tensor
                     "the weight's device");
 }
 
-bool check_data(const char* name, const at::Tensor& t, const at::Tensor& weight, Verdict& v) {
-  const at::ScalarType dtype = weight.scalar_type();
+// Autocast casts float32 parameters to 16 bit and computes the loss in float32; float64 it leaves
+// alone. It keeps its copies of the parameters, and the five lines go on with those after an
+// update.
+bool check_autocast(at::ScalarType dtype, Verdict& v) {
+  if (dtype == at::kDouble) return true;
+  if (v.against(dtype != at::kFloat, "autocast is on, over parameters that are not float32")) {
+    return false;
+  }
+  return !v.against(at::autocast::is_autocast_cache_enabled(),
+                    "autocast is on with cache_enabled=True: its copies of the parameters do not "
+                    "see an update");
+}
+
+// What is read. Under autocast, with float32 parameters, it may also be 16 bit.
+bool check_data(const char* name, const at::Tensor& t, const at::Tensor& weight, bool autocast,
+                Verdict& v) {
   const auto against = [&](bool holds, const char* what) {
     return holds && v.against(std::string(name) + what);
   };
   if (against(!is_plain(t, weight.device()), kNotPlain)) return false;
-  if (against(t.scalar_type() != dtype, " is not of the weight's dtype")) return false;
+  const at::ScalarType given = t.scalar_type(), dtype = weight.scalar_type();
+  if (against(given != dtype && !(autocast && is_fused_pair(given, dtype)),
+              " is not of the weight's dtype")) {
+    return false;
+  }
   if (against(t.requires_grad() || t._fw_grad(0).defined(), " needs a gradient")) return false;
   return !against(!has_its_storage(t), " has lost its storage");
 }
@@ -304,6 +324,8 @@ bool LinearStep::check_params(Verdict& v, Call& call) {
     return false;
   }
   if (!check_param("weight", weight.object, s.weight, v)) return false;
+  call.autocast = call.autocast && s.weight.is_cpu();  // the CPU's is nothing to other devices
+  if (call.autocast && !check_autocast(s.weight.scalar_type(), v)) return false;
   if (s.weight.dim() != 2) return !v.against(true, "weight is not [O, I]");
   s.weight_options = weight.options;
   s.reduction = call.reading.reduction;
@@ -327,19 +349,21 @@ bool LinearStep::check_batch(PyObject* input, PyObject* target, Verdict& v, Call
   }
   call.input = THPVariable_Unpack(input);
   call.target = THPVariable_Unpack(target);
-  if (!check_data("input", call.input, call.state.weight, v)) return false;
-  if (!check_data("target", call.target, call.state.weight, v)) return false;
+  if (!check_data("input", call.input, call.state.weight, call.autocast, v)) return false;
+  if (!check_data("target", call.target, call.state.weight, call.autocast, v)) return false;
   if (!v.applies()) return false;  // what follows looks at memory
   if (v.against(!has_suffix_shape(call.input, call.target, call.state.weight.size(1),
                                   call.state.weight.size(0)),
                 "input and target are not [*, I] and [*, O] with the same leading dimensions")) {
     return false;
   }
-  return check_overlap(call.state, call.input, call.target, v);
+  if (!check_overlap(call.state, call.input, call.target, v)) return false;
+  call.target = call.target.to(call.state.weight.scalar_type());
+  return true;
 }
 
 bool LinearStep::resolve(PyObject* input, PyObject* target, Verdict& v, Call& call) {
-  return check_world(v) && read_objects(v, call.reading) && check_params(v, call) &&
+  return check_world(v, call.autocast) && read_objects(v, call.reading) && check_params(v, call) &&
          check_batch(input, target, v, call) && v.applies();
 }
 

@@ -53,6 +53,7 @@ class LinearStep {
   struct Call {
     Reading reading;
     LinearSgdState state;
+    bool autocast = false;
     at::Tensor input;
     at::Tensor target;
   };

@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "bindings/engines.h"
+#include "bindings/linear_mse_eager.h"
 #include "bindings/linear_step.h"
 #include "bindings/python_objects.h"
 #include "cpu/kernels.h"
@@ -86,6 +87,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("serves", &fused_step::is_served, py::arg("device"),
         "Whether kernels of this build run on a torch.device.");
 
+  m.attr("linear_mse_loss") = fused_step::linear_mse_loss_function();
   m.def(
       "set_linear_mse_loss", [](py::type type) { fused_step::set_linear_mse_loss(type.ptr()); },
       py::arg("type"), "Makes the class known that LinearStep takes with a loss of None.");

@@ -8,6 +8,7 @@
 #include <utility>
 
 #include "bindings/checks.h"
+#include "bindings/dtypes.h"
 #include "bindings/engines.h"
 #include "bindings/linear_mse_sgd.h"
 #include "bindings/linear_mse_sgd_op.h"
@@ -38,7 +39,9 @@ void check_batch(const at::Tensor& weight, const at::Tensor& input, const at::Te
   const int64_t O = weight.size(0), I = weight.size(1);
   check_device(kOp, "input", input, weight.device());
   check_device(kOp, "target", target, weight.device());
-  check_dtype(kOp, "input", input, weight.scalar_type());
+  if (!is_fused_pair(input.scalar_type(), weight.scalar_type())) {
+    check_dtype(kOp, "input", input, weight.scalar_type());
+  }
   check_dtype(kOp, "target", target, weight.scalar_type());
   TORCH_CHECK_VALUE(input.dim() >= 1 && input.size(-1) == I, kOp,
                     ": input must have the shape [*, ", I, "] for weight ", weight.sizes(),
@@ -79,8 +82,7 @@ at::Tensor linear_mse_sgd_op(at::Tensor& weight, std::optional<at::Tensor> bias,
                              double momentum, double dampening, double weight_decay, bool nesterov,
                              bool maximize, std::string_view reduction, bool first_step) {
   const at::ScalarType dtype = weight.scalar_type();
-  TORCH_CHECK_TYPE(dtype == at::kFloat || dtype == at::kDouble, kOp,
-                   ": weight must be float32 or float64, got ", dtype);
+  TORCH_CHECK_TYPE(is_fused_dtype(dtype), kOp, ": weight must be ", kFusedDtypes, ", got ", dtype);
   TORCH_CHECK_VALUE(weight.dim() == 2, kOp, ": weight must have the shape [O, I], got ",
                     weight.sizes());
   check_written(kOp, "weight", weight);

@@ -29,14 +29,17 @@ LinearMseResult linear_mse_meta(const at::Tensor& input, const at::Tensor& weigh
   check_linear_mse(input, weight, bias, target);
   const bool none = reduction == "none";
   const at::TensorOptions options = weight.options().requires_grad(false);
-  const auto make = [&](bool needed, c10::SymIntArrayRef sizes) {
-    return needed ? at::empty_symint(sizes, options) : at::empty({0}, options);
+  const at::TensorOptions sums = options.dtype(accum_dtype(weight.scalar_type()));
+  const auto make = [](bool needed, c10::SymIntArrayRef sizes, const at::TensorOptions& like) {
+    return needed ? at::empty_symint(sizes, like) : at::empty({0}, like);
   };
-  return {none ? at::empty_symint(target.sym_sizes(), options) : at::empty({}, options),
-          make(need_dinput && !none, input.sym_sizes()),
-          make(need_dweight && !none, weight.sym_sizes()),
-          make(need_dbias && !none, weight.sym_sizes().slice(0, 1)),
-          make(need_residual, target.sym_sizes())};
+  return {
+      none ? at::empty_symint(target.sym_sizes(), options) : at::empty({}, options),
+      make(need_dinput && !none, input.sym_sizes(),
+           options.dtype(unscaled_dtype(input.scalar_type()))),
+      make(need_dweight && !none, weight.sym_sizes(), sums),
+      make(need_dbias && !none, weight.sym_sizes().slice(0, 1), sums),
+      make(need_residual, target.sym_sizes(), options.dtype(unscaled_dtype(target.scalar_type())))};
 }
 
 }  // namespace

@@ -7,6 +7,7 @@ namespace fused_step {
 // One training step of a linear layer under MSE and SGD; changes the parameters and their momentum
 // buffers in place and returns the loss before the update, 0-dim.
 //   weight [O, I], bias [O], buffers alike, input [*, I], target [*, O].
+// All of one dtype; an input of 16 bit may also meet float32.
 constexpr const char* kLinearMseSgdSchema =
     "linear_mse_sgd_(Tensor(a!) weight, Tensor(b!)? bias, Tensor(c!)? weight_momentum_buffer, "
     "Tensor(d!)? bias_momentum_buffer, Tensor input, Tensor target, *, float lr, "
@@ -15,7 +16,7 @@ constexpr const char* kLinearMseSgdSchema =
 
 // Mean squared error of a linear layer, differentiable in every tensor.
 //   input [*, I], linear_weight [O, I], linear_bias [O], target [*, O]; loss [], or [*, O] for
-//   reduction "none".
+//   reduction "none". dtypes as above; the loss has that of linear_weight.
 constexpr const char* kLinearMseLossSchema =
     "linear_mse_loss(Tensor input, Tensor linear_weight, Tensor? linear_bias, Tensor target, "
     "str reduction=\"mean\") -> Tensor";

@@ -13,21 +13,22 @@
 
 namespace fused_step {
 
-bool check_world(Verdict& v) {
+bool check_world(Verdict& v, bool& autocast) {
   const PythonObjects& o = python_objects();
   if (v.against(!at::GradMode::is_enabled(),
                 "gradients are disabled (no_grad or inference_mode)")) {
     return false;
   }
   const c10::impl::LocalDispatchKeySet keys = c10::impl::tls_local_dispatch_key_set();
-  if (keys.included_ != c10::default_included_set || keys.excluded_ != c10::default_excluded_set) {
-    const bool autocast =
-        at::autocast::is_autocast_enabled(at::kCPU) || at::autocast::is_autocast_enabled(at::kCUDA);
-    if (v.against(autocast ? "autocast is on"
-                           : "a mode is on that changes the dispatch of operators (functorch, "
-                             "tracing, a dispatch mode, inference_mode)")) {
-      return false;
-    }
+  autocast = !keys.excluded_.has(c10::DispatchKey::AutocastCPU);
+  if (v.against(at::autocast::is_autocast_enabled(at::kCUDA), "autocast is on for CUDA")) {
+    return false;
+  }
+  if (v.against(keys.included_ != c10::default_included_set ||
+                    keys.excluded_.add(c10::DispatchKey::AutocastCPU) != c10::default_excluded_set,
+                "a mode is on that changes the dispatch of operators (functorch, tracing, a "
+                "dispatch mode, inference_mode)")) {
+    return false;
   }
   if (v.against(c10::impl::TorchDispatchModeTLS::any_modes_set(), "a TorchDispatchMode is on")) {
     return false;

@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: MIT
-// State of the process and the thread that changes what the five lines do: modes, autocast, hooks
-// for all modules. A fused plan needs all of it at its default.
+// State of the process and the thread that changes what the five lines do: modes, hooks for all
+// modules. A fused plan needs all of it at its default, but for autocast.
 #pragma once
 
 #include "bindings/verdict.h"
 
 namespace fused_step {
 
-// False once the verdict needs no more.
-bool check_world(Verdict& verdict);
+// False once the verdict needs no more. `autocast`: whether it is on for the CPU.
+bool check_world(Verdict& verdict, bool& autocast);
 
 }  // namespace fused_step

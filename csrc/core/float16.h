@@ -81,6 +81,15 @@ FUSED_STEP_INLINE T narrow(Accum<T> value) {
   return value;
 }
 
+// The bits of the nearest BFloat16, ties to even, in the low half. U is the bits of a float or a
+// SIMD vector of them.
+template <typename U>
+FUSED_STEP_INLINE U bfloat16_bits(const U& bits) {
+  const U to_even = (bits >> 16 & 1u) + 0x7fffu;
+  const U is_number = (bits & 0x7fffffffu) <= 0x7f800000u ? ~U{} : U{};
+  return ((bits + to_even) >> 16 & is_number) | (~is_number & 0x7fc0u);
+}
+
 template <>
 FUSED_STEP_INLINE BFloat16 narrow<BFloat16>(float value) {
 #if defined(__CUDA_ARCH__)
@@ -88,10 +97,7 @@ FUSED_STEP_INLINE BFloat16 narrow<BFloat16>(float value) {
   asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(rounded.bits) : "f"(value));
   return rounded;
 #else
-  const uint32_t bits = bits_of_float(value);
-  if ((bits & 0x7fffffffu) > 0x7f800000u) return {0x7fc0u};
-  const uint32_t to_even = 0x7fffu + (bits >> 16 & 1u);
-  return {static_cast<uint16_t>((bits + to_even) >> 16)};
+  return {static_cast<uint16_t>(bfloat16_bits(bits_of_float(value)))};
 #endif
 }
 

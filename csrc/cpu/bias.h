@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "core/float16.h"
 #include "core/sgd_math.h"
 #include "cpu/kernels.h"
 
@@ -14,13 +15,15 @@ template <typename T>
 FUSED_STEP_INLINE void update_bias(const double* dbias,  // [chunks, stride], the first O are read
                                    int64_t chunks, int64_t stride, const LinearParams<T>& params) {
   if (params.bias == nullptr) return;
-  const SgdCoefficients<T> c = sgd_coefficients<T>(params.bias_options);
+  using A = Accum<T>;
+  const SgdCoefficients<A> c = sgd_coefficients<A>(params.bias_options);
   for (int64_t o = 0; o < params.O; ++o) {
     double grad = 0.0;
     for (int64_t chunk = 0; chunk < chunks; ++chunk) grad += dbias[chunk * stride + o];
-    T unused{};
-    T& buf = c.has_momentum ? params.bias_buf[o] : unused;
-    params.bias[o] = sgd_update(params.bias[o], static_cast<T>(grad), buf, c);
+    A buf = c.has_momentum && !c.first_step ? widen(params.bias_buf[o]) : A(0);
+    const A bias = sgd_update(widen(params.bias[o]), static_cast<A>(grad), buf, c);
+    params.bias[o] = narrow<T>(bias);
+    if (c.has_momentum) params.bias_buf[o] = narrow<T>(buf);
   }
 }
 

@@ -8,10 +8,12 @@
 
 namespace fused_step::cpu {
 
-#define FUSED_STEP_DECLARE_TABLES(isa)         \
-  namespace isa {                              \
-  extern const Kernels<float> kFloatKernels;   \
-  extern const Kernels<double> kDoubleKernels; \
+#define FUSED_STEP_DECLARE_TABLES(isa)                     \
+  namespace isa {                                          \
+  extern const Kernels<float> kFloatKernels;               \
+  extern const Kernels<double> kDoubleKernels;             \
+  extern const WideningKernels<BFloat16> kBFloat16Kernels; \
+  extern const WideningKernels<Float16> kFloat16Kernels;   \
   }
 
 FUSED_STEP_DECLARE_TABLES(baseline)
@@ -57,7 +59,8 @@ bool isa_supported(Isa isa) {
     case Isa::kBaseline:
       return true;
     case Isa::kAvx2:
-      return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+      return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+             __builtin_cpu_supports("f16c");
     case Isa::kAvx512:
       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
              __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw") &&
@@ -75,22 +78,33 @@ bool use_isa(Isa isa) {
   return true;
 }
 
+#if defined(__x86_64__)
+#define FUSED_STEP_PICK_TABLE(table)                    \
+  if (isa_used() == Isa::kAvx512) return avx512::table; \
+  if (isa_used() == Isa::kAvx2) return avx2::table;     \
+  return baseline::table;
+#else
+#define FUSED_STEP_PICK_TABLE(table) return baseline::table;
+#endif
+
 template <>
 const Kernels<float>& kernels<float>() {
-#if defined(__x86_64__)
-  if (isa_used() == Isa::kAvx512) return avx512::kFloatKernels;
-  if (isa_used() == Isa::kAvx2) return avx2::kFloatKernels;
-#endif
-  return baseline::kFloatKernels;
+  FUSED_STEP_PICK_TABLE(kFloatKernels)
 }
 
 template <>
 const Kernels<double>& kernels<double>() {
-#if defined(__x86_64__)
-  if (isa_used() == Isa::kAvx512) return avx512::kDoubleKernels;
-  if (isa_used() == Isa::kAvx2) return avx2::kDoubleKernels;
-#endif
-  return baseline::kDoubleKernels;
+  FUSED_STEP_PICK_TABLE(kDoubleKernels)
+}
+
+template <>
+const WideningKernels<BFloat16>& widening_kernels<BFloat16>() {
+  FUSED_STEP_PICK_TABLE(kBFloat16Kernels)
+}
+
+template <>
+const WideningKernels<Float16>& widening_kernels<Float16>() {
+  FUSED_STEP_PICK_TABLE(kFloat16Kernels)
 }
 
 }  // namespace fused_step::cpu

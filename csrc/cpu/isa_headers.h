@@ -11,6 +11,7 @@
 #include <immintrin.h>
 #endif
 
+#include "core/float16.h"
 #include "core/mse_math.h"
 #include "core/sgd_math.h"
 #include "cpu/bias.h"

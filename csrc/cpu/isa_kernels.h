@@ -10,6 +10,7 @@ namespace fused_step::cpu {
 
 #include "cpu/gemm_passes.h"
 #include "cpu/serial_steps.h"
+#include "cpu/widening.h"
 
 namespace FUSED_STEP_ISA {
 
@@ -19,6 +20,13 @@ constexpr Kernels<T> kTable = {one_pass_chunk<T>, one_pass_update<T>, one_pass_g
 
 extern const Kernels<float> kFloatKernels = kTable<float>;
 extern const Kernels<double> kDoubleKernels = kTable<double>;
+
+template <typename S>
+constexpr WideningKernels<S> kWideningTable = {
+    widen_rows<S>, narrow_row<S>, widened_chunk<S>, one_pass_update<S>, residual_chunk<S>, sgd<S>};
+
+extern const WideningKernels<BFloat16> kBFloat16Kernels = kWideningTable<BFloat16>;
+extern const WideningKernels<Float16> kFloat16Kernels = kWideningTable<Float16>;
 
 }  // namespace FUSED_STEP_ISA
 

@@ -4,7 +4,9 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
+#include "core/float16.h"
 #include "core/params.h"
 
 namespace fused_step::cpu {
@@ -20,7 +22,8 @@ struct Rows {
   int64_t rows;
 };
 
-// What training changes. `bias` may be null; the buffers are read and written only with momentum.
+// What training changes, as it is stored. `bias` may be null; the buffers are read and written only
+// with momentum.
 template <typename T>
 struct LinearParams {
   T* weight;      // [O, I]
@@ -58,7 +61,7 @@ struct OnePassChunk {
 // behind the first.
 template <typename T>
 struct OnePassUpdate {
-  const T* dweight;  // [chunks, O, partial_stride(I)]
+  const Accum<T>* dweight;  // [chunks, O, partial_stride(I)]
   int64_t chunks;
   int64_t chunk_stride;
   LinearParams<T> params;
@@ -88,13 +91,13 @@ struct SerialSteps {
   T* losses;               // [steps]
 };
 
-// y = x W^T becomes dL/dy in place.
+// y = x W^T becomes dL/dy in place. T is what the target is stored in.
 template <typename T>
 struct ResidualChunk {
-  T* y;             // [rows, O] in: x W^T; out: dL/dy
+  Accum<T>* y;      // [rows, O] in: x W^T; out: dL/dy
   const T* target;  // [rows, O]
   int64_t target_stride;
-  const T* bias;  // [O] or null
+  const Accum<T>* bias;  // [O] or null
   int64_t rows;
   int64_t O;
   double dy_scale;
@@ -105,11 +108,39 @@ struct ResidualChunk {
 // Elementwise over n parameters. `buf` may be null without momentum.
 template <typename T>
 struct SgdPass {
-  T* param;       // [n]
-  const T* grad;  // [n]
-  T* buf;         // [n]
+  T* param;              // [n]
+  const Accum<T>* grad;  // [n]
+  T* buf;                // [n]
   int64_t n;
   SgdOptions options;
+};
+
+// Rows of a 16-bit matrix, `from_stride` elements apart, as adjacent rows of float.
+template <typename S>
+struct WidenRows {
+  const S* from;  // [rows, columns]
+  int64_t from_stride;
+  int64_t rows;
+  int64_t columns;
+  float* to;  // [rows, columns]
+};
+
+// What dL/dx and the residual are kept in before the factor that the backward pass brings: not
+// Float16, whose range they may leave, on either side, and with the factor not.
+template <typename S>
+using Unscaled = std::conditional_t<std::is_same_v<S, Float16>, float, S>;
+
+// A chunk whose x is stored as S. Each tile of it is widened into `panel`, and goes through the
+// loops for float from there; so do W and the bias, widened before.
+template <typename S>
+struct WidenedChunk {
+  const S* x;  // [rows, I]
+  int64_t x_stride;
+  const S* target;  // [rows, O]; null where the target is float: `chunk` has it then
+  int64_t target_stride;
+  Unscaled<S>* dx;            // [rows, I] dL/dx, rows adjacent; null: nobody needs it
+  float* panel;               // [widened_panel(I, O)] workspace
+  OnePassChunk<float> chunk;  // all but x and dx
 };
 
 template <typename T>
@@ -126,6 +157,18 @@ struct Kernels {
   void (*sgd)(const SgdPass<T>&);
 };
 
+// What 16-bit tensors have beside the loops for float.
+template <typename S>
+struct WideningKernels {
+  void (*widen)(const WidenRows<S>&);
+  void (*narrow)(const float* from, S* to, int64_t n);
+  void (*one_pass_chunk)(const WidenedChunk<S>&);
+  void (*one_pass_update)(const OnePassUpdate<S>&, int64_t o_begin, int64_t o_end, int64_t i_begin,
+                          int64_t i_end);
+  void (*residual_chunk)(const ResidualChunk<S>&);
+  void (*sgd)(const SgdPass<S>&);
+};
+
 // The instruction sets in this binary, widest last, and the one in use: the widest that the
 // processor has, or the one named by FUSED_STEP_ISA.
 enum class Isa : int8_t { kBaseline, kAvx2, kAvx512 };
@@ -140,5 +183,7 @@ bool use_isa(Isa isa);
 // The table of the instruction set in use.
 template <typename T>
 const Kernels<T>& kernels();
+template <typename S>
+const WideningKernels<S>& widening_kernels();
 
 }  // namespace fused_step::cpu

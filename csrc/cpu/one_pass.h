@@ -280,7 +280,7 @@ FUSED_STEP_INLINE void tile_input_grads(const OnePassChunk<T>& a, int64_t rows, 
 }
 
 template <typename T, bool kOneOutput>
-FUSED_STEP_INLINE void one_pass_tiles(const OnePassChunk<T>& a) {
+FUSED_STEP_INLINE void one_pass_tiles(const OnePassChunk<T>& a, bool first_tile) {
   const int64_t tile = tile_rows(a.I, sizeof(T));
   const Rows<T>& b = a.batch;
   const bool prefetch = a.O <= kPrefetchMaxOutputs &&
@@ -293,19 +293,31 @@ FUSED_STEP_INLINE void one_pass_tiles(const OnePassChunk<T>& a) {
     const T* const next = prefetch ? x + n * b.x_stride : nullptr;
     tile_products<T, kOneOutput>(a, x, n, dy);
     tile_residuals(a, b.target + row * b.target_stride, n, dy);
-    if (a.partial.dweight != nullptr) tile_outer<T, kOneOutput>(a, x, n, next, dy, row == 0);
+    if (a.partial.dweight != nullptr) tile_outer<T, kOneOutput>(a, x, n, next, dy, first_tile);
     if (a.dx != nullptr) tile_input_grads(a, n, dy, a.dx + row * a.I);
+    first_tile = false;
   }
 }
 
+// Adds the sums of the chunk's rows to those of the rows before; the first of all set dW.
 template <typename T>
-void one_pass_chunk(const OnePassChunk<T>& a) {
+void one_pass_rows(const OnePassChunk<T>& a, bool first_rows) {
+  a.O == 1 ? one_pass_tiles<T, true>(a, first_rows) : one_pass_tiles<T, false>(a, first_rows);
+}
+
+template <typename T>
+FUSED_STEP_INLINE void clear_sums(const OnePassChunk<T>& a) {
   *a.partial.loss = 0.0;
   for (int64_t o = 0; o < a.O; ++o) a.partial.dbias[o] = 0.0;
   if (a.batch.rows == 0 && a.partial.dweight != nullptr) {
     for (int64_t k = 0; k < a.O * partial_stride(a.I); ++k) a.partial.dweight[k] = T(0);
   }
-  a.O == 1 ? one_pass_tiles<T, true>(a) : one_pass_tiles<T, false>(a);
+}
+
+template <typename T>
+void one_pass_chunk(const OnePassChunk<T>& a) {
+  clear_sums(a);
+  one_pass_rows(a, true);
 }
 
 // The sum of all chunks, in order, from `partial` on.
@@ -334,9 +346,10 @@ FUSED_STEP_INLINE void for_each_block(int64_t o_begin, int64_t o_end, int64_t i_
   }
 }
 
-template <typename T, int kVecs>
-FUSED_STEP_INLINE void update_columns(const OnePassUpdate<T>& a, const SgdCoefficients<T>& c,
+template <typename S, int kVecs>
+FUSED_STEP_INLINE void update_columns(const OnePassUpdate<S>& a, const SgdCoefficients<Accum<S>>& c,
                                       int64_t o, int64_t i, int64_t i_end) {
+  using T = Accum<S>;
   constexpr int kCount = kVecs > 0 ? kVecs : 1;
   Vec<T> grad[kCount];
   sum_chunks<T, kCount>(a.dweight + o * partial_stride(a.params.I) + i, a.chunks, a.chunk_stride,
@@ -344,8 +357,8 @@ FUSED_STEP_INLINE void update_columns(const OnePassUpdate<T>& a, const SgdCoeffi
   const FirstLanes<T> lanes = first_lanes<T>(kVecs > 0 ? kLanes<T> : i_end - i);
   for (int v = 0; v < kCount; ++v) {
     const int64_t at = o * a.params.I + i + v * kLanes<T>;
-    T* const weight = a.params.weight + at;
-    T* const momentum = c.has_momentum ? a.params.weight_buf + at : nullptr;
+    S* const weight = a.params.weight + at;
+    S* const momentum = c.has_momentum ? a.params.weight_buf + at : nullptr;
     Vec<T> buf{};
     if constexpr (kVecs > 0) {
       if (c.has_momentum && !c.first_step) buf = load(momentum);
@@ -359,12 +372,13 @@ FUSED_STEP_INLINE void update_columns(const OnePassUpdate<T>& a, const SgdCoeffi
   }
 }
 
-template <typename T>
-void one_pass_update(const OnePassUpdate<T>& a, int64_t o_begin, int64_t o_end, int64_t i_begin,
+template <typename S>
+void one_pass_update(const OnePassUpdate<S>& a, int64_t o_begin, int64_t o_end, int64_t i_begin,
                      int64_t i_end) {
+  using T = Accum<S>;
   const SgdCoefficients<T> c = sgd_coefficients<T>(a.params.weight_options);
   for_each_block<T>(o_begin, o_end, i_begin, i_end, [&](int64_t o, int64_t i, auto vecs) {
-    update_columns<T, decltype(vecs)::value>(a, c, o, i, i_end);
+    update_columns<S, decltype(vecs)::value>(a, c, o, i, i_end);
   });
 }
 

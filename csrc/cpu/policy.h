@@ -57,6 +57,11 @@ inline int64_t tile_rows(int64_t I, int64_t element_bytes) {
   return 8 * row_bytes <= kMaxTileBytes ? 8 : kMinTileRows;
 }
 
+// Elements of float in a widened tile of x and target.
+inline int64_t widened_panel(int64_t I, int64_t O) {
+  return tile_rows(I, sizeof(float)) * (ceil_div(I, 16) * 16 + O);
+}
+
 // Elements between the rows of a partial dW: a whole number of the widest vectors, and off the
 // multiples of 4 KiB that would put every row of dW into the same set of L1.
 inline int64_t partial_stride(int64_t I) { return ceil_div(I, 16) * 16 + 16; }
@@ -79,6 +84,18 @@ inline Plan choose_plan(const LinearShape& s, int64_t element_bytes) {
 inline int64_t grad_panel_outputs(int64_t I, int64_t element_bytes, int64_t threads) {
   const int64_t row_bytes = std::max<int64_t>(1, I * element_bytes);
   return std::max<int64_t>(1, threads * kGradPanelBytesPerThread / row_bytes);
+}
+
+// Rows of a panel of 16-bit x that is widened for the gemm plan: at most this many bytes of float
+// for x and for y, and enough rows to keep a GEMM at its speed.
+constexpr int64_t kWidenedPanelBytes = 8 * 1024 * 1024;
+constexpr int64_t kMinWidenedPanelRows = 256;
+
+inline int64_t widened_panel_rows(const LinearShape& s) {
+  const int64_t row_bytes =
+      static_cast<int64_t>(sizeof(float)) * std::max<int64_t>(1, std::max(s.I, s.O));
+  return std::clamp<int64_t>(kWidenedPanelBytes / row_bytes, kMinWidenedPanelRows,
+                             std::max<int64_t>(kMinWidenedPanelRows, s.B));
 }
 
 inline int64_t residual_chunks(int64_t B, int64_t O) {

@@ -4,7 +4,9 @@
 //
 // Vectors are the compiler's vector extension, so that arithmetic is written with operators and
 // core/'s formulas take vectors and scalars alike. Only what the extension lacks has intrinsics:
-// loads and stores of the first n lanes.
+// loads and stores of the first n lanes, and the conversion of 16-bit floats.
+//
+// Memory is of a storage type S, vectors of its accumulator type: loads widen, stores round once.
 
 namespace FUSED_STEP_ISA {
 
@@ -33,16 +35,78 @@ using Vec = typename VecOf<T>::type;
 template <typename T>
 using BitsVec = Vec<typename VecTraits<T>::Mask>;
 
-template <typename T>
-FUSED_STEP_INLINE Vec<T> load(const T* p) {
-  Vec<T> v;
-  __builtin_memcpy(&v, p, sizeof(v));
-  return v;
+// The bits of one vector's elements as they are stored in 16 bit.
+struct Words {
+  typedef uint16_t type __attribute__((vector_size(kVectorBytes / 2)));
+  type bits;
+};
+using UintVec = Vec<uint32_t>;
+
+template <typename S>
+constexpr bool kIsWord = sizeof(S) == sizeof(uint16_t);
+
+template <typename S>
+FUSED_STEP_INLINE Vec<float> widen_words(const Words& words) {
+  if constexpr (std::is_same_v<S, BFloat16>) {
+    return (Vec<float>)(__builtin_convertvector(words.bits, UintVec) << 16);
+  } else {
+#if defined(FUSED_STEP_AVX512)
+    return (Vec<float>)_mm512_maskz_cvtph_ps(0xffff, (__m256i)words.bits);
+#elif defined(FUSED_STEP_AVX2)
+    return (Vec<float>)_mm256_cvtph_ps((__m128i)words.bits);
+#else
+    Vec<float> v;
+    for (int k = 0; k < kLanes<float>; ++k) v[k] = widen(Float16{words.bits[k]});
+    return v;
+#endif
+  }
 }
 
-template <typename T>
-FUSED_STEP_INLINE void store(T* p, const Vec<T>& v) {
-  __builtin_memcpy(p, &v, sizeof(v));
+template <typename S>
+FUSED_STEP_INLINE Words narrow_words(const Vec<float>& v) {
+  if constexpr (std::is_same_v<S, BFloat16>) {
+    return {__builtin_convertvector(bfloat16_bits((UintVec)v), Words::type)};
+  } else {
+#if defined(FUSED_STEP_AVX512) || defined(FUSED_STEP_AVX2)
+    // The instructions keep a NaN's payload; all others make the one NaN of narrow().
+    const UintVec is_nan = (UintVec)(v != v);
+    const UintVec nan = ((UintVec)v & 0x80000000u) | 0x7fc00000u;
+    const UintVec bits = (is_nan & nan) | (~is_nan & (UintVec)v);
+    constexpr int kNearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+#if defined(FUSED_STEP_AVX512)
+    return {(Words::type)_mm512_maskz_cvtps_ph(0xffff, (__m512)bits, kNearest)};
+#else
+    return {(Words::type)_mm256_cvtps_ph((__m256)bits, kNearest)};
+#endif
+#else
+    Words words;
+    for (int k = 0; k < kLanes<float>; ++k) words.bits[k] = narrow<Float16>(v[k]).bits;
+    return words;
+#endif
+  }
+}
+
+template <typename S>
+FUSED_STEP_INLINE Vec<Accum<S>> load(const S* p) {
+  if constexpr (kIsWord<S>) {
+    Words words;
+    __builtin_memcpy(&words, p, sizeof(words));
+    return widen_words<S>(words);
+  } else {
+    Vec<S> v;
+    __builtin_memcpy(&v, p, sizeof(v));
+    return v;
+  }
+}
+
+template <typename S>
+FUSED_STEP_INLINE void store(S* p, const Vec<Accum<S>>& v) {
+  if constexpr (kIsWord<S>) {
+    const Words words = narrow_words<S>(v);
+    __builtin_memcpy(p, &words, sizeof(words));
+  } else {
+    __builtin_memcpy(p, &v, sizeof(v));
+  }
 }
 
 // s in every lane; the subtraction (unlike an addition) keeps -0 and folds away.
@@ -72,47 +136,101 @@ FUSED_STEP_INLINE Vec<T> keep(const Vec<T>& v, const FirstLanes<T>& lanes) {
   return (Vec<T>)((BitsVec<T>)v & lanes.bits);
 }
 
-// Touches no memory beyond the first lanes.
-template <typename T>
-FUSED_STEP_INLINE Vec<T> load_first(const T* p, const FirstLanes<T>& lanes) {
+// The first n words at p, zero beyond them.
+template <typename S>
+FUSED_STEP_INLINE Words first_words(const S* p, int n) {
 #if defined(FUSED_STEP_AVX512)
-  if constexpr (sizeof(T) == 4) {
-    return (Vec<T>)_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << lanes.n) - 1u), p);
-  } else {
-    return (Vec<T>)_mm512_maskz_loadu_pd(static_cast<__mmask8>((1u << lanes.n) - 1u), p);
-  }
+  return {(Words::type)_mm256_maskz_loadu_epi16(static_cast<__mmask16>((1u << n) - 1u), p)};
 #elif defined(FUSED_STEP_AVX2)
-  if constexpr (sizeof(T) == 4) {
-    return (Vec<T>)_mm256_maskload_ps(p, (__m256i)lanes.bits);
-  } else {
-    return (Vec<T>)_mm256_maskload_pd(p, (__m256i)lanes.bits);
+  // No masked load of 16-bit elements: 8, 4, 2 and 1 of them, as n has the bits.
+  if (n == kLanes<float>) {
+    Words all;
+    __builtin_memcpy(&all, p, sizeof(all));
+    return all;
   }
+  uint64_t low = 0, high = 0;
+  uint64_t& last = n & 4 ? high : low;
+  if (n & 4) __builtin_memcpy(&low, p, 8);
+  p += n & 4;
+  if (n & 2) {
+    uint32_t two;
+    __builtin_memcpy(&two, p, 4);
+    last = two;
+    p += 2;
+  }
+  if (n & 1) last |= static_cast<uint64_t>(p->bits) << (n & 2 ? 32 : 0);
+  return {(Words::type)_mm_set_epi64x(static_cast<int64_t>(high), static_cast<int64_t>(low))};
 #else
-  Vec<T> v{};
-  for (int k = 0; k < kLanes<T>; ++k) {
-    if (k < lanes.n) v[k] = p[k];
+  Words words{};
+  for (int k = 0; k < kLanes<float>; ++k) {
+    if (k < n) words.bits[k] = p[k].bits;
   }
-  return v;
+  return words;
 #endif
 }
 
+// Touches no memory beyond the first lanes.
+template <typename S>
+FUSED_STEP_INLINE Vec<Accum<S>> load_first(const S* p, const FirstLanes<Accum<S>>& lanes) {
+  if constexpr (kIsWord<S>) {
+    return widen_words<S>(first_words(p, lanes.n));
+  } else {
+#if defined(FUSED_STEP_AVX512)
+    if constexpr (sizeof(S) == 4) {
+      return (Vec<S>)_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << lanes.n) - 1u), p);
+    } else {
+      return (Vec<S>)_mm512_maskz_loadu_pd(static_cast<__mmask8>((1u << lanes.n) - 1u), p);
+    }
+#elif defined(FUSED_STEP_AVX2)
+    if constexpr (sizeof(S) == 4) {
+      return (Vec<S>)_mm256_maskload_ps(p, (__m256i)lanes.bits);
+    } else {
+      return (Vec<S>)_mm256_maskload_pd(p, (__m256i)lanes.bits);
+    }
+#else
+    Vec<S> v{};
+    for (int k = 0; k < kLanes<S>; ++k) {
+      if (k < lanes.n) v[k] = p[k];
+    }
+    return v;
+#endif
+  }
+}
+
 // A scalar loop, not a masked store: vmaskmovps to memory is microcoded on AMD (42 uops on Zen 2).
-template <typename T>
-FUSED_STEP_INLINE void store_first(T* p, const Vec<T>& v, const FirstLanes<T>& lanes) {
-  for (int k = 0; k < kLanes<T>; ++k) {
-    if (k < lanes.n) p[k] = v[k];
+template <typename S>
+FUSED_STEP_INLINE void store_first(S* p, const Vec<Accum<S>>& v,
+                                   const FirstLanes<Accum<S>>& lanes) {
+  if constexpr (kIsWord<S>) {
+    const Words words = narrow_words<S>(v);
+    for (int k = 0; k < kLanes<float>; ++k) {
+      if (k < lanes.n) p[k].bits = words.bits[k];
+    }
+  } else {
+    for (int k = 0; k < kLanes<S>; ++k) {
+      if (k < lanes.n) p[k] = v[k];
+    }
   }
 }
 
 // n elements at p, p + stride, ...; zero beyond them.
-template <typename T>
-FUSED_STEP_INLINE Vec<T> load_strided(const T* p, int64_t stride, int64_t n) {
-  if (stride == 1 && n == kLanes<T>) return load(p);
-  Vec<T> v{};
-  for (int k = 0; k < kLanes<T>; ++k) {
-    if (k < n) v[k] = p[k * stride];
+template <typename S>
+FUSED_STEP_INLINE Vec<Accum<S>> load_strided(const S* p, int64_t stride, int64_t n) {
+  constexpr int kN = kLanes<Accum<S>>;
+  if (stride == 1 && n == kN) return load(p);
+  if constexpr (kIsWord<S>) {
+    Words words{};
+    for (int k = 0; k < kN; ++k) {
+      if (k < n) words.bits[k] = p[k * stride].bits;
+    }
+    return widen_words<S>(words);
+  } else {
+    Vec<S> v{};
+    for (int k = 0; k < kN; ++k) {
+      if (k < n) v[k] = p[k * stride];
+    }
+    return v;
   }
-  return v;
 }
 
 // Within each group of kGroup lanes: the blocks of kWidth lanes of a, then those of b, of which

@@ -19,7 +19,12 @@
 #include <type_traits>
 #include <vector>
 
+#include "core/float16.h"
+
 namespace fused_step::test {
+
+template <typename T>
+constexpr bool kIs16Bit = sizeof(T) == 2;
 
 inline uint64_t hash(uint64_t a, uint64_t b = 0) {
   uint64_t z = a * 0x9E3779B97F4A7C15u + (b + 1) * 0xD1B54A32D192ED03u;
@@ -28,9 +33,8 @@ inline uint64_t hash(uint64_t a, uint64_t b = 0) {
   return z ^ (z >> 31);
 }
 
-// +-[1/4, 1), with all of T's digits: never zero, and no product of a few of them is subnormal.
 template <typename T>
-T random_value(uint64_t seed, int64_t k) {
+T random_number(uint64_t seed, int64_t k) {
   constexpr int kDigits = std::numeric_limits<T>::digits;
   const uint64_t bits = hash(seed, static_cast<uint64_t>(k));
   const T fraction =
@@ -39,10 +43,21 @@ T random_value(uint64_t seed, int64_t k) {
   return bits & 1 ? -magnitude : magnitude;
 }
 
+// +-[1/4, 1], with all of T's digits: never zero, and no product of a few of them is subnormal.
+template <typename T>
+T random_value(uint64_t seed, int64_t k) {
+  if constexpr (kIs16Bit<T>) {
+    return narrow<T>(random_number<float>(seed, k));
+  } else {
+    return random_number<T>(seed, k);
+  }
+}
+
 template <typename T>
 class Buffer {
  public:
-  using Bits = std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>;
+  using Bits = std::conditional_t<kIs16Bit<T>, uint16_t,
+                                  std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>>;
   enum class Place { kHeapEnd, kGuarded, kPageEnd, kPageStart };
   static constexpr int kPlaces = 4;
   static constexpr int64_t kGuards = 32;  // two of the widest vectors of float
@@ -126,7 +141,11 @@ class Buffer {
   static int64_t page() { return ::sysconf(_SC_PAGESIZE); }
   static int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
   static Bits guard_bits() {  // a quiet NaN that no arithmetic makes
-    return std::bit_cast<Bits>(std::numeric_limits<T>::quiet_NaN()) | Bits(0x5EED);
+    if constexpr (kIs16Bit<T>) {
+      return 0x7FED;  // in both 16-bit formats
+    } else {
+      return std::bit_cast<Bits>(std::numeric_limits<T>::quiet_NaN()) | Bits(0x5EED);
+    }
   }
   bool on_pages() const { return place_ == Place::kPageEnd || place_ == Place::kPageStart; }
 

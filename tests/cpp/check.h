@@ -6,8 +6,10 @@
 #include <cstdarg>
 #include <cstdint>
 #include <cstdio>
+#include <type_traits>
 #include <vector>
 
+#include "core/float16.h"
 #include "cpu/kernels.h"
 
 namespace fused_step::test {
@@ -45,6 +47,8 @@ inline int64_t failures = 0;  // of the running test
 
 template <typename T>
 constexpr const char* type_name() {
+  if (std::is_same_v<T, BFloat16>) return "bfloat16";
+  if (std::is_same_v<T, Float16>) return "float16";
   return sizeof(T) == 4 ? "float" : "double";
 }
 

@@ -23,11 +23,11 @@ void check_lane(int k, T got, T want) {
 
 constexpr int kSeeds = 16;  // every place of a Buffer, every misalignment
 
-template <typename T>
+template <typename S>
 void load_and_store() {
-  constexpr int kN = kLanes<T>;
+  constexpr int kN = kLanes<Accum<S>>;
   for (uint64_t seed = 0; seed < kSeeds; ++seed) {
-    Buffer<T> from(kN, seed), to(kN, seed / 4 + seed % 4 * 4);
+    Buffer<S> from(kN, seed), to(kN, seed / 4 + seed % 4 * 4);
     from.fill_random(seed);
     store(to.data(), load(from.data()));
     check(to.equals(from.copy()), "store(load) changed the elements");
@@ -64,47 +64,50 @@ void keep_zeroes_the_lanes_beyond_n() {
   }
 }
 
-template <typename T>
+template <typename S>
 void load_first_reads_n_and_zeroes_the_rest() {
+  using T = Accum<S>;
   constexpr int kN = kLanes<T>;
   for (uint64_t seed = 0; seed < kSeeds; ++seed) {
     for (int n = 0; n <= kN; ++n) {
-      Buffer<T> from(n, seed);
+      Buffer<S> from(n, seed);
       from.fill_random(seed);
       const auto got = lanes_of<T>(load_first(from.data(), first_lanes<T>(n)));
       for (int k = 0; k < kN; ++k) {
-        check_lane(k, got[static_cast<size_t>(k)], k < n ? from[k] : T(0));
+        check_lane(k, got[static_cast<size_t>(k)], k < n ? widen(from[k]) : T(0));
       }
     }
   }
 }
 
-template <typename T>
+template <typename S>
 void store_first_writes_n() {
+  using T = Accum<S>;
   constexpr int kN = kLanes<T>;
   Buffer<T> from(kN, 0);
   from.fill_random(2);
   for (uint64_t seed = 0; seed < kSeeds; ++seed) {
     for (int n = 0; n <= kN; ++n) {
-      Buffer<T> to(n, seed);
+      Buffer<S> to(n, seed);
       store_first(to.data(), load(from.data()), first_lanes<T>(n));
-      for (int k = 0; k < n; ++k) check_lane(k, to[k], from[k]);
+      for (int k = 0; k < n; ++k) check_lane(k, widen(to[k]), widen(narrow<S>(from[k])));
       check(to.intact(), "n %d: wrote beyond", n);
     }
   }
 }
 
-template <typename T>
+template <typename S>
 void load_strided_reads_n_and_zeroes_the_rest() {
+  using T = Accum<S>;
   constexpr int kN = kLanes<T>;
   for (uint64_t seed = 0; seed < kSeeds; ++seed) {
     for (const int64_t stride : {0, 1, 2, 3, kN, kN + 1}) {
       for (int n = 0; n <= kN; ++n) {
-        Buffer<T> from(n == 0 ? 0 : (n - 1) * stride + 1, seed);
+        Buffer<S> from(n == 0 ? 0 : (n - 1) * stride + 1, seed);
         from.fill_random(seed);
         const auto got = lanes_of<T>(load_strided(from.data(), stride, n));
         for (int k = 0; k < kN; ++k) {
-          check_lane(k, got[static_cast<size_t>(k)], k < n ? from[k * stride] : T(0));
+          check_lane(k, got[static_cast<size_t>(k)], k < n ? widen(from[k * stride]) : T(0));
         }
       }
     }
@@ -179,13 +182,59 @@ void add_widened_adds_each_lane_in_double() {
   }
 }
 
+template <typename S>
+void load_widens_every_value_as_core_does() {
+  constexpr int kN = kLanes<float>;
+  for (uint32_t first = 0; first < 0x10000u; first += kN) {
+    S from[kN];
+    for (uint32_t k = 0; k < kN; ++k) from[k].bits = static_cast<uint16_t>(first + k);
+    const auto got = lanes_of<float>(load(from));
+    for (int k = 0; k < kN; ++k) {
+      check(same_bits(got[static_cast<size_t>(k)], widen(from[k])), "%04x is widened to %a",
+            from[k].bits, static_cast<double>(got[static_cast<size_t>(k)]));
+    }
+  }
+}
+
+template <typename S>
+void store_rounds_as_core_does() {
+  constexpr int kN = kLanes<float>;
+  float from[kN];
+  S to[kN];
+  int filled = 0;
+  const auto add = [&](uint32_t bits) {
+    from[filled] = float_from_bits(bits);
+    if (++filled < kN) return;
+    filled = 0;
+    store(to, load(from));
+    for (int k = 0; k < kN; ++k) {
+      const uint16_t want = narrow<S>(from[k]).bits;
+      check(to[k].bits == want, "%a becomes %04x, want %04x", static_cast<double>(from[k]),
+            to[k].bits, want);
+    }
+  };
+  for_each_float_to_round<S>(add);
+}
+
+template <typename S>
+constexpr SimdStorageCases kStorageCases = {
+    load_and_store<S>, load_first_reads_n_and_zeroes_the_rest<S>, store_first_writes_n<S>,
+    load_strided_reads_n_and_zeroes_the_rest<S>};
+
+extern const SimdStorageCases kFloatStorage = kStorageCases<float>;
+extern const SimdStorageCases kDoubleStorage = kStorageCases<double>;
+extern const SimdStorageCases kBFloat16Storage = kStorageCases<BFloat16>;
+extern const SimdStorageCases kFloat16Storage = kStorageCases<Float16>;
+
+template <typename S>
+constexpr SimdWordCases kWordCases = {load_widens_every_value_as_core_does<S>,
+                                      store_rounds_as_core_does<S>};
+
+extern const SimdWordCases kBFloat16Words = kWordCases<BFloat16>;
+extern const SimdWordCases kFloat16Words = kWordCases<Float16>;
+
 template <typename T>
-constexpr SimdCases kCases = {load_and_store<T>,
-                              splat_fills_every_lane<T>,
-                              keep_zeroes_the_lanes_beyond_n<T>,
-                              load_first_reads_n_and_zeroes_the_rest<T>,
-                              store_first_writes_n<T>,
-                              load_strided_reads_n_and_zeroes_the_rest<T>,
+constexpr SimdCases kCases = {splat_fills_every_lane<T>, keep_zeroes_the_lanes_beyond_n<T>,
                               transpose_sum_gives_lane_k_the_sum_of_vector_k<T>,
                               lane_sum_adds_every_lane_once<T>,
                               add_widened_adds_each_lane_in_double<T>};

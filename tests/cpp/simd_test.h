@@ -10,19 +10,30 @@
 #include "buffer.h"
 #include "check.h"
 #include "cpu/isa_headers.h"
+#include "float16_cases.h"
 
 namespace fused_step::test {
 
 struct SimdCases {
-  void (*load_and_store)();
   void (*splat)();
   void (*keep)();
-  void (*load_first)();
-  void (*store_first)();
-  void (*load_strided)();
   void (*transpose_sum)();
   void (*lane_sum)();
   void (*add_widened)();
+};
+
+// What loads and stores do, for every type that memory may hold.
+struct SimdStorageCases {
+  void (*load_and_store)();
+  void (*load_first)();
+  void (*store_first)();
+  void (*load_strided)();
+};
+
+// The conversions of the 16-bit types.
+struct SimdWordCases {
+  void (*widen)();
+  void (*narrow)();
 };
 
 template <typename T>
