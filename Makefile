@@ -8,12 +8,15 @@ PYTEST_ARGS ?=
 BENCH_ARGS ?=
 # Without those that compile for each case or live in another process.
 QUICK := eager,hand,step,step_again,run,floor_call,floor_read,floor_gemm
+# A second environment, whose torch has CUDA.
+CUDA_VENV ?= .venv-cuda
+CUDA_TREE := build/cuda
 
 BIN := $(VENV)/bin
 CSRC := $(shell find csrc -type f)
 CPP_FORMATTED := $(shell find csrc tests benchmarks -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help demo test lint format sanitize bench bench-quick bench-check build clean
+.PHONY: help demo test lint format sanitize bench bench-quick bench-check build cuda-build clean
 .DELETE_ON_ERROR:
 # pip runs one at a time in one environment.
 .NOTPARALLEL:
@@ -50,6 +53,15 @@ bench-check: $(VENV)/.bench build  ## hold the instruction counts of small steps
 	$(BIN)/python benchmarks/instructions.py
 
 build: $(VENV)/.built  ## compile the extension and install fused_step, editable
+
+# In a copy of the sources: the extension there is linked to another torch.
+cuda-build:  ## build with CUDA (no GPU needed), and run the suite in that build (PYTEST_ARGS)
+	@$(MAKE) --no-print-directory VENV=$(CUDA_VENV) $(CUDA_VENV)/.cuda
+	scripts/copy_tree.sh $(CUDA_TREE)
+	cd $(CUDA_TREE) && FUSED_STEP_CUDA=1 $(abspath $(CUDA_VENV))/bin/python -m pip install --quiet \
+		--disable-pip-version-check --no-build-isolation --no-deps -e .
+	cd $(CUDA_TREE) && $(abspath $(CUDA_VENV))/bin/python -m fused_step info
+	cd $(CUDA_TREE) && $(abspath $(CUDA_VENV))/bin/python -m pytest $(PYTEST_ARGS)
 
 clean:  ## remove what was built and written, keep $(VENV)
 	rm -rf build dist demo-output .pytest_cache .ruff_cache .hypothesis *.egg-info

@@ -17,6 +17,7 @@ from fused_step.autograd import LinearMSEFunction
 _OP = torch.ops.fused_step.linear_mse_loss.default
 _NAME = "fused_step::linear_mse"
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_DEVICES = ("cpu", "cuda") if hasattr(_C, "cuda_archs") else ("cpu",)
 
 
 def linear_mse_loss(
@@ -35,10 +36,11 @@ def linear_mse_loss(
     and ``torch.compile`` work. The derivative is an operator's, in C++; under ``torch.func`` it is
     :class:`fused_step.autograd.LinearMSEFunction`, an ``autograd.Function``.
 
-    The fused operator serves float32, float64, bfloat16 and float16 tensors on the CPU, and these
-    types under autocast. Of 16-bit types the sums are made in float32, and each result is rounded
-    once. Everything else (other types and devices, tensor subclasses, ``vmap``, forward-mode
-    derivatives) is computed as the composition above, with its result.
+    The fused operator serves float32, float64, bfloat16 and float16 tensors on the CPU and, in
+    builds with CUDA, on GPUs; these types also under autocast for the CPU. Of 16-bit types the sums
+    are made in float32, and each result is rounded once. Everything else (other types and devices,
+    tensor subclasses, ``vmap``, forward-mode derivatives) is computed as the composition above,
+    with its result.
 
     Args:
         input: [..., I], leading dimensions are rows.
@@ -71,7 +73,7 @@ def linear_mse_loss(
         transforms = () if torch.compiler.is_compiling() else _transforms()
         if not transforms:
             operands = (input, linear_weight, linear_bias, target)
-            if torch.is_autocast_enabled("cpu"):
+            if _is_autocast(linear_weight):
                 operands = _autocast.operands(*operands)
             if operands is not None:
                 return _OP(*operands, reduction)
@@ -87,9 +89,19 @@ def _is_plain(t: Tensor) -> bool:
     return (
         (type(t) is Tensor or type(t) is Parameter)
         and t.dtype in _DTYPES
-        and t.device.type == "cpu"
+        and t.device.type in _DEVICES
         and t.layout is torch.strided
     )
+
+
+def _has_engine(device: torch.device) -> bool:
+    if device.type == "cpu" or torch.compiler.is_compiling():
+        return True  # a compiler cannot look into _C, nor is there one for so old a GPU
+    return _C.serves(device)
+
+
+def _is_autocast(t: Tensor) -> bool:
+    return torch.is_autocast_enabled(t.device.type)
 
 
 def _is_served(input: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor) -> bool:
@@ -98,14 +110,17 @@ def _is_served(input: Tensor, weight: Tensor, bias: Tensor | None, target: Tenso
         and _is_plain(weight)
         and _is_plain(target)
         and (bias is None or _is_plain(bias))
-        and (input.dtype == weight.dtype or torch.is_autocast_enabled("cpu"))
+        and _has_engine(weight.device)
+        # On CUDA autocast's own GEMMs of 16 bit are the faster ones.
+        and not (_is_autocast(weight) and weight.device.type != "cpu")
+        and (input.dtype == weight.dtype or _is_autocast(weight))
         and (torch.compiler.is_compiling() or forward_ad._current_level < 0)
     )
 
 
 def _is_wide(weight: Tensor) -> bool:
     """Whether the derivative in Python serves: it takes no 16-bit types, and no autocast."""
-    return weight.dtype in _DTYPES[:2] and not torch.is_autocast_enabled("cpu")
+    return weight.dtype in _DTYPES[:2] and not _is_autocast(weight)
 
 
 def _transforms() -> list[TransformType]:

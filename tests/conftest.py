@@ -6,20 +6,51 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 
-import hypothesis
+import device
 import pytest
 import torch
 
-# No deadline: the first call of a shape may allocate or start threads, and a shared machine stalls.
-# Derandomised: the same examples on every run, so that a red run can be run again.
-hypothesis.settings.register_profile("project", deadline=None, derandomize=True, database=None)
-hypothesis.settings.load_profile("project")
+try:
+    import hypothesis
+except ImportError:
+    import no_hypothesis
+
+    no_hypothesis.install()
+else:
+    # No deadline: the first call of a shape may allocate or start threads, and a shared machine
+    # stalls. Derandomised: the same examples on every run, so that a red run can be run again.
+    hypothesis.settings.register_profile("project", deadline=None, derandomize=True, database=None)
+    hypothesis.settings.load_profile("project")
 
 # Workers of pytest-xdist share the cores; threads that wait for each other's core spin.
 # Tests of threading set the number they need.
 if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
     workers = int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
     torch.set_num_threads(max(1, torch.get_num_threads() // workers))
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--device", default="cpu", help="device under test: cpu (default) or cuda")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line(
+        "markers", "cpu_only(reason): not run under --device cuda; the reason is printed"
+    )
+    name = config.getoption("--device")
+    if name == "cpu":
+        return
+    if torch.device(name).type != "cuda" or not torch.cuda.is_available():
+        raise pytest.UsageError(f"--device {name}: torch finds no such device here")
+    device.use(name)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if device.DEVICE.type == "cpu":
+        return
+    for item in items:
+        if marker := item.get_closest_marker("cpu_only"):
+            item.add_marker(pytest.mark.skip(reason=f"CPU only: {marker.args[0]}"))
 
 
 @pytest.fixture(autouse=True)

@@ -18,13 +18,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from device import DEVICE
 from torch import Tensor, nn
 
 import fused_step
 
-FUSED_PLANS = ("one-pass", "gemm")
-ONE_PASS = ("one-pass",)
+# The plans of small problems: on CUDA those that fit one block are "tiny".
+ONE_PASS = ("one-pass",) if DEVICE.type == "cpu" else ("tiny", "one-pass")
 GEMM = ("gemm",)
+FUSED_PLANS = (*ONE_PASS, *GEMM)
 ANY_PLAN = (*FUSED_PLANS, "plain")
 
 # Every distinct set of SGD's options. Dampening without momentum does nothing and nesterov asks

@@ -10,6 +10,7 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 import torch
+from device import DEVICE
 from hypothesis import given, settings
 from loss_oracle import (
     HEAD,
@@ -39,7 +40,7 @@ each_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)
 each_reduction = pytest.mark.parametrize("reduction", REDUCTIONS)
 
 
-@pytest.fixture(params=_C.isa_levels(True))
+@pytest.fixture(params=_C.isa_levels(True) if DEVICE.type == "cpu" else [_C.isa_used()])
 def isa(request) -> Iterator[str]:
     """Each instruction set of this processor in turn."""
     used = _C.isa_used()
@@ -110,14 +111,14 @@ def test_equals_torch_on_many_rows():
     assert_loss_like_torch(LossProblem.random(70_001, 7, 2))
     problem = LossProblem.random(70_001, 7, 2, dtype=torch.float64, needs=TRAINING)
     x, W, b, t = (
-        tensor.numpy().astype(np.longdouble)
+        tensor.cpu().numpy().astype(np.longdouble)
         for tensor in (problem.input, problem.weight, problem.bias, problem.target)
     )
     dy = 2 * problem.grad_output.item() / t.size * (x @ W.T + b - t)
     exact = dy.T @ x
 
     def error(function: LossFunction) -> float:
-        return float(np.abs(problem.evaluate(function)["weight"].numpy() - exact).max())
+        return float(np.abs(problem.evaluate(function)["weight"].cpu().numpy() - exact).max())
 
     assert error(fused_loss) <= error(torch_loss)
 
@@ -302,6 +303,7 @@ def test_any_call_equals_torch(data):
 # --- the same bits ------------------------------------------------------------------------------
 
 
+@pytest.mark.cpu_only("threads of torch")
 @pytest.mark.parametrize("shape", [(4099, 257, 1), (4099, 65, 8), (37, 13, 1)], ids=str)
 def test_one_pass_has_the_same_bits_on_any_number_of_threads(shape):
     problem = LossProblem.random(*shape)

@@ -11,6 +11,7 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 import torch.distributed as dist
 import torch.nn.functional as F
+from device import DEVICE
 from loss_oracle import LossProblem, fused_loss, torch_loss
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
@@ -110,7 +111,8 @@ def test_another_device_raises(name):
     given = arguments()
     given[name] = given[name].to("meta")
     shown = f"{'linear_' if name == 'bias' else ''}{name}"
-    raises(given, ValueError, f"{shown} must be on the device of linear_weight cpu, got meta")
+    where = given["weight"].device
+    raises(given, ValueError, f"{shown} must be on the device of linear_weight {where}, got meta")
 
 
 def test_what_is_no_tensor_raises():
@@ -141,6 +143,7 @@ def mesh():
     dist.destroy_process_group()
 
 
+@pytest.mark.cpu_only("a mesh of CPUs")
 def test_sharded_weight_raises_and_replicated_does_not(mesh):
     given = arguments()
     expected = torch_loss(**given)
@@ -170,7 +173,7 @@ def test_other_dtypes_are_composed(dtype):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_autocast_is_composed(dtype):
-    with torch.autocast("cpu", dtype=dtype):
+    with torch.autocast(DEVICE.type, dtype=dtype):
         problem = LossProblem.random(37, 13, 3)
         assert_composed(problem)
         found = problem.evaluate(fused_loss)

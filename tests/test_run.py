@@ -76,7 +76,7 @@ def assert_runs_like_loop(problem: Problem, plans=(*ONE_PASS, *GEMM), **argument
     ours = train(problem, "run", **arguments)
     assert ours.plans[0] in plans
     loop = train(problem, "loop of steps", **arguments)
-    if loop.plans == ours.plans == list(ONE_PASS):
+    if loop.plans == ours.plans and ours.plans[0] in ONE_PASS:
         assert_same_bits(ours, loop)
     same_dtype = train(problem, "plain", **arguments)
     exact = train(problem, "plain", dtype=torch.float64, **arguments)
@@ -203,6 +203,7 @@ def test_strided_inputs_and_targets(shape, shuffle):
         assert_same_bits(ours, train(problem, "run", **arguments))
 
 
+@pytest.mark.cpu_only("threads of torch")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("B", "I", "O"), [(9000, 64, 1), (5000, 33, 3), (3000, 100, 8)])
 def test_run_has_the_same_bits_on_one_and_two_threads(B, I, O, dtype):
@@ -355,7 +356,7 @@ def test_scheduler_between_runs_sets_the_rate_of_the_next():
                         step=step,
                     )
                 )
-            assert step.plan == "one-pass"
+            assert step.plan in ONE_PASS
             scheduler.step()
         found.append(Trained(list(torch.cat(losses))).take(model, optimizer))
     assert_same_bits(*found)
@@ -515,7 +516,7 @@ def test_progress_shows_a_bar_that_ends_at_the_last_step(capsys, fused):
     model, loss_function, optimizer = problem.build()
     step = fused_step.TrainStep(model, loss_function if fused else nn.L1Loss(), optimizer)
     losses = step.run(problem.input, problem.target, epochs=5, batch_size=25, progress=True)
-    assert step.plan == ("one-pass" if fused else "plain")
+    assert step.plan in (ONE_PASS if fused else ("plain",))
     captured = capsys.readouterr()
     assert captured.out == ""
     assert "25/25" in captured.err
@@ -592,7 +593,7 @@ def test_other_threads_run_while_run_works(shape):
     end = time.perf_counter()
     stop.set()
     thread.join()
-    assert step.plan in ("one-pass", "gemm")
+    assert step.plan in (*ONE_PASS, *GEMM)
     during = sum(start < turn < end for turn in turns)
     assert end - start > 0.1
     assert during / (end - start) > 100, f"{during} turns in {end - start:.2f} s"
@@ -676,6 +677,7 @@ INTERRUPTED = """
 """
 
 
+@pytest.mark.cpu_only("a process of its own")
 @pytest.mark.parametrize(
     "arguments", [(20_000, 64, 1, 20_000, False), (20_000, 64, 3, 7000, True)], ids=str
 )
@@ -738,7 +740,7 @@ def test_runs_in_two_threads_do_not_disturb_each_other():
     for thread in threads:
         thread.join()
     for ours, alone in zip(found, expected, strict=True):
-        assert ours.plans == ["one-pass"]
+        assert ours.plans[0] in ONE_PASS
         assert_same_bits(ours, alone)
 
 
@@ -766,7 +768,7 @@ def test_infinite_row_leaves_infinity_and_nan_where_the_loop_does(in_features):
         step = fused_step.TrainStep(model, torch.nn.MSELoss(), optimizer)
         if run:
             losses = step.run(inputs, targets, batch_size=1)
-            assert step.plan == "one-pass"
+            assert step.plan in ONE_PASS
         else:
             rows = zip(inputs.split(1), targets.split(1), strict=True)
             losses = torch.stack([step._plain_step(*row) for row in rows])

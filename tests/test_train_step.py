@@ -282,7 +282,7 @@ def test_learning_rate_tensor_changed_in_place_counts_at_the_next_step():
     step = fused_step.TrainStep(model, loss_function, optimizer)
     for _ in range(3):
         step(problem.input, problem.target)
-        assert step.plan == "one-pass"
+        assert step.plan in ONE_PASS
         assert torch.equal(model.weight, problem.weight)
     lr.fill_(0.1)
     step(problem.input, problem.target)
@@ -298,7 +298,7 @@ def test_keywords_of_a_partial_loss_changed_in_place_count_at_the_next_step():
     mean = [step(problem.input, problem.target) for _ in range(3)][-1]
     loss_function.keywords["reduction"] = "sum"
     summed = step(problem.input, problem.target)
-    assert step.plan == "one-pass"
+    assert step.plan in ONE_PASS
     torch.testing.assert_close(summed, mean * problem.target.numel())
     loss_function.keywords["reduction"] = "none"
     with pytest.raises(RuntimeError, match="scalar outputs"):
@@ -801,7 +801,7 @@ def test_eval_mode_and_grad_mode_settings_do_not_matter():
     step = fused_step.TrainStep(model, loss_function, optimizer)
     with torch.enable_grad():
         step(problem.input, problem.target)
-    assert step.plan == "one-pass"
+    assert step.plan in ONE_PASS
     assert not torch.equal(model.weight, problem.weight)
 
 
@@ -907,6 +907,7 @@ def test_no_outputs_equals_plain_loop(reduction):
 THREADED = [(4096, 64, 1), (2048, 64, 3), (1500, 100, 8), (3, 40_000, 1), (50_000, 3, 2)]
 
 
+@pytest.mark.cpu_only("threads of torch")
 @each_dtype
 @pytest.mark.parametrize(("B", "I", "O"), THREADED)
 def test_one_pass_has_the_same_bits_on_one_and_two_threads(B, I, O, dtype):
@@ -1104,7 +1105,7 @@ def test_two_steps_in_two_threads_do_not_disturb_each_other():
     for thread in threads:
         thread.join()
     for (plan, weight), trained in zip(found, expected, strict=True):
-        assert plan == "one-pass"
+        assert plan in ONE_PASS
         assert torch.equal(weight, trained.weight)
 
 
@@ -1128,7 +1129,7 @@ def test_deepcopy_of_model_and_optimizer_trains_apart_from_the_original():
     kept = model.weight.detach().clone()
     copied = fused_step.TrainStep(copied_model, loss_function, copied_optimizer)
     copied(problem.input, problem.target)
-    assert copied.plan == "one-pass"
+    assert copied.plan in ONE_PASS
     assert torch.equal(model.weight, kept)
     step(problem.input, problem.target)
     assert torch.equal(model.weight, copied_model.weight)

@@ -129,7 +129,7 @@ def test_first_scheduler_step_after_a_fused_step_does_not_warn():
     scheduler = ExponentialLR(optimizer, gamma=0.5)
     step = fused_step.TrainStep(model, loss_function, optimizer)
     step(problem.input, problem.target)
-    assert step.plan == "one-pass"
+    assert step.plan in ONE_PASS
     scheduler.step()
     assert optimizer.param_groups[0]["lr"] == pytest.approx(problem.options["lr"] / 2)
 
@@ -149,7 +149,7 @@ def test_step_without_scheduler_leaves_no_trace_in_the_optimizer():
     before = set(vars(optimizer))
     step = fused_step.TrainStep(model, loss_function, optimizer)
     step(problem.input, problem.target)
-    assert step.plan == "one-pass"
+    assert step.plan in ONE_PASS
     assert set(vars(optimizer)) == before
 
 

@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-_TARGET = re.compile(r"(\w+) (>=|<=) ([\d.]+)x (\w+)")
+_TARGET = re.compile(r"(\w+) (>=|<=) ([\d.]+)(?:x (\w+)| us)")
+MICROSECOND = "us"  # in the place of another contestant: the limit is a time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,7 +20,7 @@ class Target:
 
     `>=` reads "subject is at least limit times as fast as other" and is measured as
     time(other) / time(subject). `<=` reads "subject takes at most limit times the time of other"
-    and is measured as time(subject) / time(other).
+    and is measured as time(subject) / time(other). Without another, "<= 2 us" is a time itself.
     """
 
     subject: str
@@ -29,14 +30,16 @@ class Target:
 
     @classmethod
     def parse(cls, text: str) -> Target:
-        """Reads `step >= 100x eager` or `run <= 0.5x floor_call`."""
+        """Reads `step >= 100x eager`, `run <= 0.5x floor_call` or `run <= 2 us`."""
         match = _TARGET.fullmatch(text)
         if match is None:
             raise ValueError(f"target must look like 'step >= 100x eager', got {text!r}")
         subject, relation, limit, other = match.groups()
-        return cls(subject, relation, float(limit), other)
+        return cls(subject, relation, float(limit), other or MICROSECOND)
 
     def __str__(self) -> str:
+        if self.other == MICROSECOND:
+            return f"{self.subject} {self.relation} {self.limit:g} us"
         return f"{self.subject} {self.relation} {self.limit:g}x {self.other}"
 
     def ratio(self, subject_times: np.ndarray, other_times: np.ndarray) -> np.ndarray:
@@ -51,21 +54,39 @@ class Target:
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One step of Linear(I, O) with the mean squared error on B rows, in float32."""
+    """One step of Linear(I, O) with the mean squared error on B rows."""
 
     batch: int
     inputs: int
     outputs: int
     targets: tuple[str, ...] = ()
     note: str = ""
+    dtype: str = "float32"  # of data and parameters
 
     @property
     def name(self) -> str:
-        return f"{self.batch}x{self.inputs}x{self.outputs}"
+        return f"{self.batch}x{self.inputs}x{self.outputs}" + self._suffix("-")
 
     @property
     def title(self) -> str:
-        return f"{self.batch}×{self.inputs}→{self.outputs}"
+        return f"{self.batch}×{self.inputs}→{self.outputs}" + self._suffix(" ")
+
+    def _suffix(self, before: str) -> str:
+        return "" if self.dtype == "float32" else before + self.dtype
+
+    @property
+    def element_bytes(self) -> int:
+        return {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}[self.dtype]
+
+    def make_data(self, seed: int) -> Any:
+        """The numbers that contestants are prepared with."""
+        return Data(self, seed)
+
+    def make_oracle(self, data: Any) -> Any:
+        """What their first steps are held against."""
+        from harness.oracle import Oracle
+
+        return Oracle(data)
 
     @property
     def parsed_targets(self) -> list[Target]:
@@ -73,21 +94,21 @@ class Case:
 
     @property
     def input_bytes(self) -> int:
-        return 4 * self.batch * self.inputs
+        return self.element_bytes * self.batch * self.inputs
 
     @property
     def output_bytes(self) -> int:
-        """Bytes of one [B, O] float32 buffer."""
-        return 4 * self.batch * self.outputs
+        """Bytes of one [B, O] buffer."""
+        return self.element_bytes * self.batch * self.outputs
 
     @property
     def weight_bytes(self) -> int:
-        return 4 * self.outputs * self.inputs
+        return self.element_bytes * self.outputs * self.inputs
 
     @property
     def minimal_bytes(self) -> int:
         """x and t read once, W and b read once and written once. Nothing else has to move."""
-        parameters = self.weight_bytes + 4 * self.outputs
+        parameters = self.weight_bytes + self.element_bytes * self.outputs
         return self.input_bytes + self.output_bytes + 2 * parameters
 
     @property

@@ -9,12 +9,13 @@ import math
 import random
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
-from harness.case import Case, Data
+from harness.case import MICROSECOND, Case
 from harness.contestant import Contestant, Unavailable
-from harness.oracle import STEPS, Check, Oracle
+from harness.oracle import STEPS, Check
 
 # OpenMP's threads spin for a few ms after their last region, OpenBLAS's for about 30 ms; a thread
 # that spins in one process would take a core from the contestant in the other.
@@ -64,6 +65,8 @@ class Measured:
 
     def times(self, key: str) -> np.ndarray | None:
         """Seconds per step of `key` in each round, None if it was not timed."""
+        if key == MICROSECOND and self.rounds:
+            return np.full(self.rounds, 1e-6)
         for entry in self.entries:
             if entry.contestant.key == key and entry.status == "ok" and self.rounds:
                 return np.array(entry.seconds[: self.rounds])
@@ -75,7 +78,7 @@ def _failure(error: Exception) -> str:
     return f"{type(error).__name__}: {lines[0] if lines else ''}"
 
 
-def _prepare_and_check(entry: Entry, data: Data, oracle: Oracle) -> None:
+def _prepare_and_check(entry: Entry, data: Any, oracle: Any) -> None:
     contestant = entry.contestant
     try:
         contestant.prepare(data)
@@ -161,8 +164,8 @@ def _running(measured: Measured) -> list[Entry]:
 
 def _measure(measured: Measured, protocol: Protocol, say: Callable[[str, int, int], None]) -> None:
     say("data and float64 reference", 0, protocol.rounds)
-    data = Data(measured.case, protocol.seed)
-    oracle = Oracle(data)
+    data = measured.case.make_data(protocol.seed)
+    oracle = measured.case.make_oracle(data)
     for entry in measured.entries:
         say(f"check: {entry.contestant.label}", 0, protocol.rounds)
         _prepare_and_check(entry, data, oracle)

@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 
 from harness import curves
+from harness.case import MICROSECOND
 
 
 def number(value: float) -> str:
@@ -43,6 +44,8 @@ def _labels(case: dict) -> dict[str, str]:
 
 def target_words(target: dict, labels: dict[str, str]) -> str:
     subject = labels.get(target["subject"], target["subject"])
+    if target["other"] == MICROSECOND:
+        return f"{subject}: {target['relation']} {target['limit']:g} µs a step"
     other = labels.get(target["other"], target["other"])
     if target["relation"] == ">=":
         return f"{subject}: ≥ {target['limit']:g}× as fast as {other}"
@@ -74,6 +77,13 @@ def _table(header: list[str], rows: list[list[str]]) -> list[str]:
     return [_row(*header), _row(*("---" for _ in header)), *(_row(*row) for row in rows)]
 
 
+def gpu_words(gpu: dict) -> str:
+    return (
+        f"{gpu['name']}, {gpu['multiprocessors']} multiprocessors, L2 {gpu['l2_mib']:g} MiB, "
+        f"{gpu['memory_gib']:g} GiB"
+    )
+
+
 def header_lines(result: dict) -> list[str]:
     machine, versions, commit = result["machine"], result["versions"], result["commit"]
     caches = ", ".join(
@@ -89,6 +99,7 @@ def header_lines(result: dict) -> list[str]:
     lines = [
         f"# Benchmark: {result['kind']}",
         "",
+        *([f"- {gpu_words(machine['gpu'])}"] if "gpu" in machine else []),
         f"- {machine['cpu']}, {machine['logical_cpus']} logical CPUs, {caches}",
         f"- {result['threads']} threads; load average {before:g} before, {after:g} after",
         "- " + ", ".join(f"{name} {version}" for name, version in versions.items()),
@@ -114,6 +125,17 @@ def target_lines(result: dict) -> list[str]:
         return []
     lines = ["", "## Targets", "", "Measured: median of the per-round ratios (p20–p80).", ""]
     return lines + _table(["B×I→O", "target", "measured", "reached"], rows)
+
+
+_CPU_LIMIT = (
+    "Limit: B·O floats; for one-pass at least bytes(x)/8. ATen: peak of torch's allocator in"
+    " one step. Resident: growth of the process's resident peak over the first three steps"
+    " (pages of code included, hence 1 MiB of slack)."
+)
+_GPU_LIMIT = (
+    "Limit: the peak of an eager step less the weight's gradient. ATen: peak of torch's allocator"
+    " in one step."
+)
 
 
 def _memory_lines(result: dict) -> list[str]:
@@ -142,9 +164,7 @@ def _memory_lines(result: dict) -> list[str]:
         "",
         "## Memory of a step beyond its inputs",
         "",
-        "Limit: B·O floats; for one-pass at least bytes(x)/8. ATen: peak of torch's allocator in"
-        " one step. Resident: growth of the process's resident peak over the first three steps"
-        " (pages of code included, hence 1 MiB of slack).",
+        _GPU_LIMIT if "gpu" in result["machine"] else _CPU_LIMIT,
         "",
     ]
     return lines + _table(["B×I→O", "plan", "ATen", "resident", "limit", "within"], rows)
@@ -226,9 +246,9 @@ def picture(result: dict, path: Path) -> None:
         panel.set_visible(False)
     for panel, case in zip(panels.flat, cases, strict=False):
         _panel(panel, case, result["subject"])
-    figure.suptitle(
-        f"Time per training step, {result['machine']['cpu']}, {result['threads']} threads", size=12
-    )
+    machine = result["machine"]
+    where = machine["gpu"]["name"] if "gpu" in machine else machine["cpu"]
+    figure.suptitle(f"Time per training step, {where}, {result['threads']} threads", size=12)
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
 

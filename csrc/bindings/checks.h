@@ -3,6 +3,7 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <c10/core/Device.h>
 #include <c10/util/Exception.h>
 
 #include <cstdint>
@@ -20,6 +21,12 @@ inline void check_dtype(const char* op, const char* name, const at::Tensor& tens
                         at::ScalarType expected) {
   TORCH_CHECK_TYPE(tensor.scalar_type() == expected, op, ": ", name, " must have the dtype of ",
                    "weight ", expected, ", got ", tensor.scalar_type());
+}
+
+inline void check_device(const char* op, const char* name, const at::Tensor& tensor,
+                         c10::Device expected) {
+  TORCH_CHECK_VALUE(tensor.device() == expected, op, ": ", name,
+                    " must be on the device of weight ", expected, ", got ", tensor.device());
 }
 
 // Memory that is written: [data, data + nbytes) without gaps.

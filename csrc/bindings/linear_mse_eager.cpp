@@ -11,6 +11,7 @@
 #include <optional>
 #include <string_view>
 
+#include "bindings/engines.h"
 #include "bindings/linear_mse.h"
 #include "bindings/linear_mse_eager.h"
 #include "bindings/python_objects.h"
@@ -21,7 +22,8 @@ namespace py = pybind11;
 
 namespace {
 
-// Keys of a strided CPU tensor, whether or not it is a view of another or requires grad.
+// Keys of a strided tensor on the CPU or a GPU that is served, whether or not it is a view of
+// another or requires grad.
 bool is_ordinary(PyObject* object) {
   if (!THPVariable_CheckExact(object) && Py_TYPE(object) != python_objects().parameter) {
     return false;
@@ -30,7 +32,9 @@ bool is_ordinary(PyObject* object) {
                                          c10::DispatchKey::AutocastCPU,
                                          c10::DispatchKey::ADInplaceOrView};
   const at::Tensor& t = THPVariable_Unpack(object);
-  return t.key_set() == ordinary && !torch::autograd::isFwGradDefined(t);
+  const bool is_plain =
+      t.key_set() == ordinary || (t.is_cuda() && has_plain_keys(t) && is_served(t.device()));
+  return is_plain && !torch::autograd::isFwGradDefined(t);
 }
 
 // Autocast, functorch, tracing, inference mode and modes in Python all show here.

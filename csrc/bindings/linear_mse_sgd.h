@@ -25,6 +25,9 @@ struct LinearSgdState {
   SgdOptions weight_options;
   SgdOptions bias_options;
   Reduction reduction = Reduction::kMean;
+  // On CUDA, instead of the options' lr and read by the kernels alone: [] float32, or undefined.
+  at::Tensor weight_lr{};
+  at::Tensor bias_lr{};
 };
 
 // The plan for a batch of B rows.

@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: MIT
 #include "bindings/linear_step.h"
 
-#include <ATen/EmptyTensor.h>
 #include <ATen/autocast_mode.h>
+#include <ATen/core/grad_mode.h>
+#include <ATen/ops/empty.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/function.h>
 #include <torch/csrc/autograd/python_variable.h>
@@ -13,6 +14,7 @@
 #include <functional>
 
 #include "bindings/dtypes.h"
+#include "bindings/engines.h"
 #include "bindings/memory.h"
 #include "bindings/python_objects.h"
 #include "bindings/world.h"
@@ -20,24 +22,11 @@
 namespace fused_step {
 
 namespace py = pybind11;
-using cpu::Plan;
 
 namespace {
 
 // Above this a step gives the GIL away, which costs about 0.1 us.
 constexpr int64_t kMinWorkWithoutGil = 256 * 1024;
-
-const char* plan_name(Plan plan) {
-  switch (plan) {
-    case Plan::kOnePass:
-      return "one-pass";
-    case Plan::kGemm:
-      return "gemm";
-    case Plan::kNone:
-      break;
-  }
-  return nullptr;
-}
 
 py::object dict_of(PyObject* object) {
   return py::reinterpret_steal<py::object>(PyObject_GenericGetDict(object, nullptr));
@@ -65,13 +54,11 @@ bool check_module(PyObject* module, PyObject* dict, const ModuleClass& module_cl
   return !against(has_hooks, " has hooks");
 }
 
-// Dispatch keys of an ordinary CPU tensor. Inference tensors, subclasses, views with a negative or
-// conjugate bit, sparse, meta, fake and functorch tensors all differ.
-bool has_plain_keys(const at::Tensor& t) {
-  static const c10::DispatchKeySet keys =
-      at::detail::empty_cpu({0}, at::TensorOptions().dtype(at::kFloat)).key_set();
-  return t.key_set() == keys;
+// A tensor whose memory an engine may use: ordinary, and where the weight is.
+bool is_plain(const at::Tensor& t, c10::Device device) {
+  return has_plain_keys(t) && t.device() == device;
 }
+constexpr const char* kNotPlain = " is not an ordinary tensor on the weight's device";
 
 // Hooks that would run when the gradient of a parameter is accumulated.
 bool has_grad_hooks(const at::Tensor& t, PyObject* object) {
@@ -92,7 +79,8 @@ bool has_grad_hooks(const at::Tensor& t, PyObject* object) {
 }
 
 // What is written: a leaf of the model.
-bool check_param(const char* name, PyObject* object, at::ScalarType dtype, Verdict& v) {
+bool check_param(const char* name, PyObject* object, const at::Tensor& weight, Verdict& v) {
+  const at::ScalarType dtype = weight.scalar_type();
   const auto against = [&](bool holds, const char* what) {
     return holds && v.against(std::string(name) + what);
   };
@@ -100,7 +88,7 @@ bool check_param(const char* name, PyObject* object, at::ScalarType dtype, Verdi
     return false;
   }
   const at::Tensor& t = THPVariable_Unpack(object);
-  if (against(!has_plain_keys(t), " is not an ordinary CPU tensor")) return false;
+  if (against(!is_plain(t, weight.device()), kNotPlain)) return false;
   if (against(t.scalar_type() != dtype || !is_fused_dtype(dtype),
               " is not float32, float64, bfloat16 or float16, or not of the weight's dtype")) {
     return false;
@@ -116,10 +104,21 @@ bool check_param(const char* name, PyObject* object, at::ScalarType dtype, Verdi
 bool check_buffer(PyObject* object, const at::Tensor& param, Verdict& v, at::Tensor& buf) {
   if (object == nullptr) return true;
   buf = THPVariable_Unpack(object);
-  return !v.against(!THPVariable_CheckExact(object) || !has_plain_keys(buf) ||
-                        buf.scalar_type() != param.scalar_type() || buf.sizes() != param.sizes() ||
-                        !buf.is_contiguous() || buf.requires_grad() || !has_its_storage(buf),
-                    "a momentum_buffer is not like its parameter (dtype, shape, contiguous)");
+  return !v.against(
+      !THPVariable_CheckExact(object) || !is_plain(buf, param.device()) ||
+          buf.scalar_type() != param.scalar_type() || buf.sizes() != param.sizes() ||
+          !buf.is_contiguous() || buf.requires_grad() || !has_its_storage(buf),
+      "a momentum_buffer is not like its parameter (device, dtype, shape, contiguous)");
+}
+
+// A learning rate in a tensor on CUDA, which the kernels read; one on the CPU was read already.
+bool check_lr(PyObject* object, const at::Tensor& weight, Verdict& v, at::Tensor& lr) {
+  if (object == nullptr) return true;
+  lr = THPVariable_Unpack(object);
+  return !v.against(!is_plain(lr, weight.device()) || lr.scalar_type() != at::kFloat ||
+                        lr.numel() != 1 || lr.requires_grad() || !has_its_storage(lr),
+                    "the learning rate is a CUDA tensor, but not one of float32, one element and "
+                    "the weight's device");
 }
 
 // Autocast casts float32 parameters to 16 bit and computes the loss in float32; float64 it leaves
@@ -136,13 +135,13 @@ bool check_autocast(at::ScalarType dtype, Verdict& v) {
 }
 
 // What is read. Under autocast, with float32 parameters, it may also be 16 bit.
-bool check_data(const char* name, const at::Tensor& t, at::ScalarType dtype, bool autocast,
+bool check_data(const char* name, const at::Tensor& t, const at::Tensor& weight, bool autocast,
                 Verdict& v) {
   const auto against = [&](bool holds, const char* what) {
     return holds && v.against(std::string(name) + what);
   };
-  if (against(!has_plain_keys(t), " is not an ordinary CPU tensor")) return false;
-  const at::ScalarType given = t.scalar_type();
+  if (against(!is_plain(t, weight.device()), kNotPlain)) return false;
+  const at::ScalarType given = t.scalar_type(), dtype = weight.scalar_type();
   if (against(given != dtype && !(autocast && is_fused_pair(given, dtype)),
               " is not of the weight's dtype")) {
     return false;
@@ -164,6 +163,10 @@ bool check_overlap(const LinearSgdState& s, const at::Tensor& input, const at::T
     overlap |= extent.overlaps(x) || extent.overlaps(t);
     for (size_t k = 0; k < count; ++k) overlap |= extent.overlaps(written[k]);
     written[count++] = extent;
+  }
+  for (const at::Tensor* lr : {&s.weight_lr, &s.bias_lr}) {
+    if (!lr->defined()) continue;
+    for (size_t k = 0; k < count; ++k) overlap |= written[k].overlaps(extent_of(*lr));
   }
   return !v.against(overlap, "input, target, parameters or momentum buffers share memory");
 }
@@ -316,20 +319,26 @@ bool LinearStep::check_params(Verdict& v, Call& call) {
   const SgdParam &weight = call.reading.sgd.weight, &bias = call.reading.sgd.bias;
   LinearSgdState& s = call.state;
   s.weight = THPVariable_Unpack(weight.object);
-  const at::ScalarType dtype = s.weight.scalar_type();
-  if (!check_param("weight", weight.object, dtype, v)) return false;
-  if (call.autocast && !check_autocast(dtype, v)) return false;
+  if (v.against(!is_served(s.weight.device()),
+                "weight is on a device that this build has no kernels for")) {
+    return false;
+  }
+  if (!check_param("weight", weight.object, s.weight, v)) return false;
+  call.autocast = call.autocast && s.weight.is_cpu();  // the CPU's is nothing to other devices
+  if (call.autocast && !check_autocast(s.weight.scalar_type(), v)) return false;
   if (s.weight.dim() != 2) return !v.against(true, "weight is not [O, I]");
   s.weight_options = weight.options;
   s.reduction = call.reading.reduction;
   if (!check_buffer(weight.buf, s.weight, v, s.weight_buf)) return false;
+  if (!check_lr(weight.lr, s.weight, v, s.weight_lr)) return false;
   if (bias.object == nullptr) return true;
   s.bias = THPVariable_Unpack(bias.object);
-  if (!check_param("bias", bias.object, dtype, v)) return false;
+  if (!check_param("bias", bias.object, s.weight, v)) return false;
   if (s.bias.dim() != 1 || s.bias.size(0) != s.weight.size(0)) {
     return !v.against(true, "bias is not [O]");
   }
   s.bias_options = bias.options;
+  if (!check_lr(bias.lr, s.weight, v, s.bias_lr)) return false;
   return check_buffer(bias.buf, s.bias, v, s.bias_buf);
 }
 
@@ -340,9 +349,8 @@ bool LinearStep::check_batch(PyObject* input, PyObject* target, Verdict& v, Call
   }
   call.input = THPVariable_Unpack(input);
   call.target = THPVariable_Unpack(target);
-  const at::ScalarType dtype = call.state.weight.scalar_type();
-  if (!check_data("input", call.input, dtype, call.autocast, v)) return false;
-  if (!check_data("target", call.target, dtype, call.autocast, v)) return false;
+  if (!check_data("input", call.input, call.state.weight, call.autocast, v)) return false;
+  if (!check_data("target", call.target, call.state.weight, call.autocast, v)) return false;
   if (!v.applies()) return false;  // what follows looks at memory
   if (v.against(!has_suffix_shape(call.input, call.target, call.state.weight.size(1),
                                   call.state.weight.size(0)),
@@ -350,7 +358,7 @@ bool LinearStep::check_batch(PyObject* input, PyObject* target, Verdict& v, Call
     return false;
   }
   if (!check_overlap(call.state, call.input, call.target, v)) return false;
-  if (call.target.scalar_type() != dtype) call.target = call.target.to(dtype);
+  call.target = call.target.to(call.state.weight.scalar_type());
   return true;
 }
 
@@ -363,8 +371,7 @@ bool LinearStep::resolve(PyObject* input, PyObject* target, Verdict& v, Call& ca
 void LinearStep::make_buffers(Call& call) {
   LinearSgdState& s = call.state;
   const auto make = [](const at::Tensor& param) {
-    return at::Tensor(
-        at::detail::empty_cpu(param.sizes(), at::TensorOptions().dtype(param.scalar_type())));
+    return at::empty(param.sizes(), param.options());
   };
   if (s.weight_options.momentum != 0.0 && !s.weight_buf.defined()) s.weight_buf = make(s.weight);
   if (s.bias.defined() && s.bias_options.momentum != 0.0 && !s.bias_buf.defined()) {
@@ -382,7 +389,7 @@ void LinearStep::leave_optimizer(const Call& call) {
 }
 
 py::object LinearStep::step(py::handle input, py::handle target) {
-  plan_ = Plan::kNone;
+  plan_ = nullptr;
   Verdict verdict(nullptr);
   Call call;
   if (!resolve(input.ptr(), target.ptr(), verdict, call)) return py::none();
@@ -392,23 +399,28 @@ py::object LinearStep::step(py::handle input, py::handle target) {
   at::Tensor loss;
   {
     std::optional<py::gil_scoped_release> no_gil;
-    if (call.input.numel() * O > kMinWorkWithoutGil) no_gil.emplace();
-    loss = linear_mse_sgd_cpu(call.state, call.input, call.target, workspace_);
+    // On CUDA a launch waits where the queue is full, an allocation where it frees memory.
+    if (call.state.weight.is_cuda() || call.input.numel() * O > kMinWorkWithoutGil) {
+      no_gil.emplace();
+    }
+    loss = linear_mse_sgd(call.state, call.input, call.target, memory_);
   }
   leave_optimizer(call);
-  plan_ = plan_for(call.state, rows);
+  plan_ = plan_name(call.state, call.input, rows);
   return py::reinterpret_steal<py::object>(THPVariable_Wrap(std::move(loss)));
 }
 
 py::object LinearStep::run(py::handle inputs, py::handle targets, int64_t epochs,
                            int64_t batch_size, bool shuffle, std::optional<at::Generator> generator,
                            const py::object& progress) {
-  plan_ = Plan::kNone;
+  plan_ = nullptr;
   Verdict verdict(nullptr);
   Call call;
   if (!resolve(inputs.ptr(), targets.ptr(), verdict, call)) return py::none();
   // A 1-dim tensor has no rows to make batches of; no steps, no change.
   if (call.input.dim() < 2 || call.input.size(0) == 0 || epochs == 0) return py::none();
+  // A replay would go through the rows in one order again and again: the plain loop says so.
+  if (shuffle && is_captured(call.state.weight.device())) return py::none();
   make_buffers(call);
 
   using Clock = std::chrono::steady_clock;
@@ -429,9 +441,8 @@ py::object LinearStep::run(py::handle inputs, py::handle targets, int64_t epochs
   at::Tensor losses;
   try {
     const py::gil_scoped_release no_gil;
-    losses = run_linear_mse_sgd_cpu(call.state, call.input, call.target,
-                                    {epochs, batch_size, shuffle, std::move(generator)}, workspace_,
-                                    poll);
+    losses = run_linear_mse_sgd(call.state, call.input, call.target,
+                                {epochs, batch_size, shuffle, std::move(generator)}, memory_, poll);
   } catch (...) {
     if (stepped) leave_optimizer(call);
     throw;
@@ -439,7 +450,7 @@ py::object LinearStep::run(py::handle inputs, py::handle targets, int64_t epochs
   leave_optimizer(call);
   const int64_t per_sample =
       call.input.numel() / std::max<int64_t>(1, call.input.size(0) * call.input.size(-1));
-  plan_ = plan_for(call.state, std::min(batch_size, call.input.size(0)) * per_sample);
+  plan_ = plan_name(call.state, call.input, std::min(batch_size, call.input.size(0)) * per_sample);
   if (!progress.is_none()) progress(losses.numel());
   return py::reinterpret_steal<py::object>(THPVariable_Wrap(std::move(losses)));
 }
@@ -451,18 +462,13 @@ std::pair<std::string, std::vector<std::string>> LinearStep::explain(py::handle 
   Call call;
   if (!resolve(input.ptr(), target.ptr(), verdict, call)) return {"plain", reasons};
   const int64_t O = call.state.weight.size(0);
-  const Plan plan = plan_for(call.state, O > 0 ? call.target.numel() / O : 0);
-  if (plan == Plan::kGemm) {
-    reasons.push_back(O > cpu::kMaxOnePassOutputs
-                          ? "one-pass serves up to " + std::to_string(cpu::kMaxOnePassOutputs) +
-                                " outputs, the layer has " + std::to_string(O)
-                          : std::string("with few rows, or rows too long for the cache, two "
-                                        "threaded GEMMs are faster than one-pass"));
-  }
-  return {plan_name(plan), reasons};
+  const int64_t B = O > 0 ? call.target.numel() / O : 0;
+  const std::string why = why_no_deeper(call.state, call.input, B);
+  if (!why.empty()) reasons.push_back(why);
+  return {plan_name(call.state, call.input, B), reasons};
 }
 
-const char* LinearStep::plan() const { return plan_name(plan_); }
+const char* LinearStep::plan() const { return plan_; }
 
 namespace {
 

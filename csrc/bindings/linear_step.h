@@ -10,6 +10,7 @@
 #include <string>
 #include <vector>
 
+#include "bindings/engines.h"
 #include "bindings/linear_mse_sgd.h"
 #include "bindings/sgd_groups.h"
 #include "bindings/verdict.h"
@@ -70,8 +71,8 @@ class LinearStep {
   SgdReader sgd_reader_;
   Watch watch_;  // over what kept_ came from
   Reading kept_;
-  Workspace workspace_;
-  cpu::Plan plan_ = cpu::Plan::kNone;
+  EngineMemory memory_;
+  const char* plan_ = nullptr;
 };
 
 // `self`.step as a built-in function of two positional arguments: for a small step the dispatch of

@@ -12,10 +12,14 @@
 #include <thread>
 #include <vector>
 
+#include "bindings/engines.h"
 #include "bindings/linear_mse_eager.h"
 #include "bindings/linear_step.h"
 #include "bindings/python_objects.h"
 #include "cpu/kernels.h"
+#ifdef FUSED_STEP_WITH_CUDA
+#include "bindings/cuda_support.h"
+#endif
 
 namespace fused_step {
 namespace {
@@ -76,6 +80,12 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       "The instruction set in use.");
   m.def("use_isa", &fused_step::use_isa, py::arg("name"),
         "Uses another instruction set from now on; for tests.");
+
+#ifdef FUSED_STEP_WITH_CUDA
+  m.def("cuda_archs", &fused_step::cuda_archs, "What the CUDA kernels were compiled for.");
+#endif
+  m.def("serves", &fused_step::is_served, py::arg("device"),
+        "Whether kernels of this build run on a torch.device.");
 
   m.attr("linear_mse_loss") = fused_step::linear_mse_loss_function();
   m.def(

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: MIT
-// The ops on CPU tensors, as the dispatcher calls them: checks, then the engine.
+// The ops as the dispatcher calls them: checks, then the engine of the weight's device. Registered
+// for the CPU here, for CUDA in ops_cuda.cpp.
 #include <torch/library.h>
 
 #include <array>
@@ -8,7 +9,9 @@
 
 #include "bindings/checks.h"
 #include "bindings/dtypes.h"
+#include "bindings/engines.h"
 #include "bindings/linear_mse_sgd.h"
+#include "bindings/linear_mse_sgd_op.h"
 #include "bindings/memory.h"
 
 namespace fused_step {
@@ -24,15 +27,18 @@ Reduction parse_reduction(std::string_view reduction) {
 
 // A parameter or buffer beside weight: present or not, and like its model.
 void check_like(const char* name, const std::optional<at::Tensor>& t, at::IntArrayRef shape,
-                at::ScalarType dtype) {
+                const at::Tensor& weight) {
   if (!t.has_value()) return;
-  check_dtype(kOp, name, *t, dtype);
+  check_device(kOp, name, *t, weight.device());
+  check_dtype(kOp, name, *t, weight.scalar_type());
   check_shape(kOp, name, *t, "the shape", shape);
   check_written(kOp, name, *t);
 }
 
 void check_batch(const at::Tensor& weight, const at::Tensor& input, const at::Tensor& target) {
   const int64_t O = weight.size(0), I = weight.size(1);
+  check_device(kOp, "input", input, weight.device());
+  check_device(kOp, "target", target, weight.device());
   if (!is_fused_pair(input.scalar_type(), weight.scalar_type())) {
     check_dtype(kOp, "input", input, weight.scalar_type());
   }
@@ -67,6 +73,8 @@ void check_disjoint(const LinearSgdState& s, const at::Tensor& input, const at::
   }
 }
 
+}  // namespace
+
 at::Tensor linear_mse_sgd_op(at::Tensor& weight, std::optional<at::Tensor> bias,
                              std::optional<at::Tensor> weight_momentum_buffer,
                              std::optional<at::Tensor> bias_momentum_buffer,
@@ -78,9 +86,11 @@ at::Tensor linear_mse_sgd_op(at::Tensor& weight, std::optional<at::Tensor> bias,
   TORCH_CHECK_VALUE(weight.dim() == 2, kOp, ": weight must have the shape [O, I], got ",
                     weight.sizes());
   check_written(kOp, "weight", weight);
-  check_like("bias", bias, {weight.size(0)}, dtype);
-  check_like("weight_momentum_buffer", weight_momentum_buffer, weight.sizes(), dtype);
-  check_like("bias_momentum_buffer", bias_momentum_buffer, {weight.size(0)}, dtype);
+  TORCH_CHECK_NOT_IMPLEMENTED(is_served(weight.device()), kOp, ": this build has no kernels for ",
+                              weight.device());
+  check_like("bias", bias, {weight.size(0)}, weight);
+  check_like("weight_momentum_buffer", weight_momentum_buffer, weight.sizes(), weight);
+  check_like("bias_momentum_buffer", bias_momentum_buffer, {weight.size(0)}, weight);
   check_batch(weight, input, target);
   TORCH_CHECK_VALUE(momentum == 0.0 || weight_momentum_buffer.has_value(), kOp, ": momentum ",
                     momentum, " needs a weight_momentum_buffer ", weight.sizes(), ", got None");
@@ -99,11 +109,10 @@ at::Tensor linear_mse_sgd_op(at::Tensor& weight, std::optional<at::Tensor> bias,
       options,
       parse_reduction(reduction)};
   check_disjoint(state, input, target);
-  Workspace workspace;
-  return linear_mse_sgd_cpu(state, input, target, workspace);
+  EngineMemory memory;
+  return linear_mse_sgd(state, input, target, memory);
 }
 
-}  // namespace
 }  // namespace fused_step
 
 TORCH_LIBRARY_IMPL(fused_step, CPU, m) {

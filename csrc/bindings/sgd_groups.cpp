@@ -29,12 +29,17 @@ bool read_number(PyObject* value, double& number) {
   return false;
 }
 
-// A learning rate may also be a tensor of one element.
-bool read_lr(PyObject* value, double& lr, bool& may_be_kept) {
+// A learning rate may also be a tensor of one element: on the CPU it is read here, one on CUDA is
+// handed on, since reading it would wait for the device.
+bool read_lr(PyObject* value, double& lr, PyObject*& device_lr, bool& may_be_kept) {
   if (read_number(value, lr)) return true;
   may_be_kept = false;
   if (value == nullptr || !THPVariable_CheckExact(value)) return false;
   const at::Tensor& t = THPVariable_Unpack(value);
+  if (t.is_cuda()) {
+    device_lr = value;
+    return true;
+  }
   if (t.numel() != 1 || t.requires_grad() || !t.device().is_cpu() || t.layout() != at::kStrided ||
       !at::isFloatingType(t.scalar_type())) {
     return false;
@@ -48,10 +53,11 @@ bool read_flag(PyObject* value, bool& flag) {
   return value == Py_True || value == Py_False;
 }
 
-bool read_options(PyObject* group, const Names& n, SgdOptions& options, bool& may_be_kept) {
+bool read_options(PyObject* group, const Names& n, SgdOptions& options, PyObject*& device_lr,
+                  bool& may_be_kept) {
   bool differentiable = false;
   PyObject* const is_differentiable = get_item(group, n.differentiable);
-  return read_lr(get_item(group, n.lr), options.lr, may_be_kept) &&
+  return read_lr(get_item(group, n.lr), options.lr, device_lr, may_be_kept) &&
          read_number(get_item(group, n.momentum), options.momentum) &&
          read_number(get_item(group, n.dampening), options.dampening) &&
          read_number(get_item(group, n.weight_decay), options.weight_decay) &&
@@ -148,11 +154,12 @@ bool SgdReader::read(PyObject* optimizer, Verdict& v, Watch& watch, SgdReading& 
     watch.dict(group);
     PyObject* const params = PyDict_Check(group) ? get_item(group, n.params) : nullptr;
     SgdOptions options;
+    PyObject* device_lr = nullptr;
     if (params == nullptr || !PyList_Check(params) ||
-        !read_options(group, n, options, reading.may_be_kept)) {
+        !read_options(group, n, options, device_lr, reading.may_be_kept)) {
       v.against(true,
                 "a param group has an option that is not fused (lr, momentum, dampening and "
-                "weight_decay as numbers, lr also as a CPU tensor of one element without grad, "
+                "weight_decay as numbers, lr also as a tensor of one element without grad, "
                 "differentiable=False)");
       return false;
     }
@@ -169,6 +176,7 @@ bool SgdReader::read(PyObject* optimizer, Verdict& v, Watch& watch, SgdReading& 
       if (known == nullptr) continue;
       known->in_groups = true;
       known->options = options;
+      known->lr = device_lr;
     }
   }
   if (v.against(

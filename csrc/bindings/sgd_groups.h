@@ -17,6 +17,7 @@ struct SgdParam {
   PyObject* object = nullptr;  // borrowed; null: the model has no such parameter
   SgdOptions options;
   PyObject* buf = nullptr;  // borrowed
+  PyObject* lr = nullptr;   // borrowed; a CUDA tensor, instead of options.lr
   bool in_groups = false;
 };
 

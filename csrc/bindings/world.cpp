@@ -21,6 +21,9 @@ bool check_world(Verdict& v, bool& autocast) {
   }
   const c10::impl::LocalDispatchKeySet keys = c10::impl::tls_local_dispatch_key_set();
   autocast = !keys.excluded_.has(c10::DispatchKey::AutocastCPU);
+  if (v.against(at::autocast::is_autocast_enabled(at::kCUDA), "autocast is on for CUDA")) {
+    return false;
+  }
   if (v.against(keys.included_ != c10::default_included_set ||
                     keys.excluded_.add(c10::DispatchKey::AutocastCPU) != c10::default_excluded_set,
                 "a mode is on that changes the dispatch of operators (functorch, tracing, a "

@@ -1,0 +1,111 @@
+// SPDX-License-Identifier: MIT
+#include "bindings/engines.h"
+
+#include <c10/core/TensorImpl.h>
+
+#include "cpu/policy.h"
+
+#ifdef FUSED_STEP_WITH_CUDA
+#include <c10/cuda/CUDAStream.h>
+
+#include "bindings/cuda_support.h"
+#include "bindings/linear_mse_sgd_cuda.h"
+#endif
+
+namespace fused_step {
+
+namespace {
+
+c10::DispatchKeySet plain_keys(c10::DispatchKey backend, c10::Device device) {
+  return c10::make_intrusive<c10::TensorImpl>(c10::DispatchKeySet(backend),
+                                              c10::scalarTypeToTypeMeta(at::kFloat), device)
+      ->key_set();
+}
+
+const char* cpu_plan_name(cpu::Plan plan) {
+  return plan == cpu::Plan::kOnePass ? "one-pass" : "gemm";
+}
+
+std::string why_no_deeper_on_cpu(cpu::Plan plan, int64_t O) {
+  if (plan == cpu::Plan::kOnePass) return "";
+  if (O > cpu::kMaxOnePassOutputs) {
+    return "one-pass serves up to " + std::to_string(cpu::kMaxOnePassOutputs) +
+           " outputs, the layer has " + std::to_string(O);
+  }
+  return "with few rows, or rows too long for the cache, two threaded GEMMs are faster than "
+         "one-pass";
+}
+
+}  // namespace
+
+bool has_plain_keys(const at::Tensor& t) {
+  static const c10::DispatchKeySet cpu = plain_keys(c10::DispatchKey::CPU, c10::kCPU);
+  static const c10::DispatchKeySet cuda =
+      plain_keys(c10::DispatchKey::CUDA, c10::Device(c10::kCUDA, 0));
+  const c10::DispatchKeySet keys = t.key_set();
+  return keys == cpu || keys == cuda;
+}
+
+#ifdef FUSED_STEP_WITH_CUDA
+
+bool is_served(c10::Device device) {
+  return device.is_cpu() || (device.is_cuda() && is_served_by_cuda(device));
+}
+
+bool is_captured(c10::Device device) {
+  return device.is_cuda() && is_capturing(c10::cuda::getCurrentCUDAStream(device.index()));
+}
+
+const char* plan_name(const LinearSgdState& state, const at::Tensor& input, int64_t B) {
+  if (state.weight.is_cuda()) return cuda_plan_name(state, input.scalar_type(), B);
+  return cpu_plan_name(plan_for(state, B));
+}
+
+std::string why_no_deeper(const LinearSgdState& state, const at::Tensor& input, int64_t B) {
+  if (state.weight.is_cuda()) return why_no_deeper_on_cuda(state, input.scalar_type(), B);
+  return why_no_deeper_on_cpu(plan_for(state, B), state.weight.size(0));
+}
+
+at::Tensor linear_mse_sgd(const LinearSgdState& state, const at::Tensor& input,
+                          const at::Tensor& target, EngineMemory& memory) {
+  if (state.weight.is_cuda()) return linear_mse_sgd_cuda(state, input, target, memory.cuda);
+  return linear_mse_sgd_cpu(state, input, target, memory.cpu);
+}
+
+at::Tensor run_linear_mse_sgd(const LinearSgdState& state, const at::Tensor& inputs,
+                              const at::Tensor& targets, const RunOptions& options,
+                              EngineMemory& memory, const std::function<void(int64_t)>& poll) {
+  if (state.weight.is_cuda()) {
+    return run_linear_mse_sgd_cuda(state, inputs, targets, options, memory.cuda, poll);
+  }
+  return run_linear_mse_sgd_cpu(state, inputs, targets, options, memory.cpu, poll);
+}
+
+#else
+
+bool is_served(c10::Device device) { return device.is_cpu(); }
+
+bool is_captured(c10::Device /*device*/) { return false; }
+
+const char* plan_name(const LinearSgdState& state, const at::Tensor& /*input*/, int64_t B) {
+  return cpu_plan_name(plan_for(state, B));
+}
+
+std::string why_no_deeper(const LinearSgdState& state, const at::Tensor& /*input*/, int64_t B) {
+  return why_no_deeper_on_cpu(plan_for(state, B), state.weight.size(0));
+}
+
+at::Tensor linear_mse_sgd(const LinearSgdState& state, const at::Tensor& input,
+                          const at::Tensor& target, EngineMemory& memory) {
+  return linear_mse_sgd_cpu(state, input, target, memory.cpu);
+}
+
+at::Tensor run_linear_mse_sgd(const LinearSgdState& state, const at::Tensor& inputs,
+                              const at::Tensor& targets, const RunOptions& options,
+                              EngineMemory& memory, const std::function<void(int64_t)>& poll) {
+  return run_linear_mse_sgd_cpu(state, inputs, targets, options, memory.cpu, poll);
+}
+
+#endif
+
+}  // namespace fused_step

@@ -1,0 +1,45 @@
+// SPDX-License-Identifier: MIT
+// Which engine serves a device: the CPU's always, CUDA's in builds that have it.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <c10/core/Device.h>
+
+#include <cstdint>
+#include <functional>
+#include <string>
+
+#include "bindings/device_scratch.h"
+#include "bindings/linear_mse_passes.h"
+#include "bindings/linear_mse_sgd.h"
+
+namespace fused_step {
+
+// Scratch memory that outlives a step, of whichever engine needs it.
+struct EngineMemory {
+  Workspace cpu;
+  DeviceScratch cuda;
+};
+
+// Whether an engine of this build runs on `device`.
+bool is_served(c10::Device device);
+
+// Dispatch keys of an ordinary tensor on the CPU or on CUDA. Inference tensors, subclasses, views
+// with a negative or conjugate bit, sparse, meta, fake and functorch tensors all differ.
+bool has_plain_keys(const at::Tensor& t);
+
+// Whether the current stream of `device` is being captured into a graph.
+bool is_captured(c10::Device device);
+
+// The plan for B rows of `input`, and why no deeper one: empty for the deepest.
+const char* plan_name(const LinearSgdState& state, const at::Tensor& input, int64_t B);
+std::string why_no_deeper(const LinearSgdState& state, const at::Tensor& input, int64_t B);
+
+// linear_mse_sgd.h's, by the engine of the weight's device.
+at::Tensor linear_mse_sgd(const LinearSgdState& state, const at::Tensor& input,
+                          const at::Tensor& target, EngineMemory& memory);
+at::Tensor run_linear_mse_sgd(const LinearSgdState& state, const at::Tensor& inputs,
+                              const at::Tensor& targets, const RunOptions& options,
+                              EngineMemory& memory, const std::function<void(int64_t)>& poll);
+
+}  // namespace fused_step

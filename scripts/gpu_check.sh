@@ -1,0 +1,195 @@
+#!/usr/bin/env bash
+# SPDX-License-Identifier: MIT
+# Everything that needs a GPU, in under 9 minutes: build, tests, compute-sanitizer, benchmark. Needs
+# python3 with torch, nvcc, ninja and pytest; no network. A stage that fails does not stop the later
+# ones. Without a GPU it says so, builds, and runs a part of the tests on the CPU.
+#
+# Usage: scripts/gpu_check.sh OUTDIR       (PYTHON=... names another python3)
+# Writes OUTDIR/gpu_check.log, summary.json, suite.xml, and gpu.json with its table from the benchmark.
+# Exit status: 0 all stages passed on a GPU; 1 a stage failed; 2 there is no GPU.
+set -uo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+out=${1:?usage: scripts/gpu_check.sh OUTDIR}
+mkdir -p "$out"
+out=$(cd "$out" && pwd)
+python=${PYTHON:-python3}
+tree=build/gpu-check
+log=$out/gpu_check.log
+results=$out/stages.tsv
+: > "$log"
+: > "$results"
+
+# Seconds for all of it, and what is left.
+readonly TOTAL=530
+left() { echo $((TOTAL - SECONDS)); }
+
+say() { printf '%s\n' "$*" | tee -a "$log"; }
+
+record() { # NAME STATUS SECONDS RC REASON
+    printf '%s\t%s\t%s\t%s\t%s\n' "$1" "$2" "$3" "$4" "$5" >> "$results"
+    say "--- $1: $2 (${3} s) $5"
+}
+
+not_run() { record "$1" "not run" 0 "" "$2"; }
+
+# stage NAME LIMIT COMMAND...: at most LIMIT seconds, and no more than are left.
+stage() {
+    local name=$1 limit=$2 begin=$SECONDS rc
+    shift 2
+    ((limit > $(left))) && limit=$(left)
+    if ((limit < 5)); then
+        not_run "$name" "no time was left"
+        return 1
+    fi
+    say "=== $name (at most $limit s): $*"
+    timeout --kill-after=5 "$limit" "$@" >> "$log" 2>&1 < /dev/null
+    rc=$?
+    if ((rc == 0)); then
+        record "$name" passed $((SECONDS - begin)) 0 ""
+    elif ((rc == 124 || rc == 137)); then
+        record "$name" "timed out" $((SECONDS - begin)) "$rc" "after $limit s"
+    else
+        record "$name" failed $((SECONDS - begin)) "$rc" "see gpu_check.log"
+    fi
+    ((rc == 0)) || tail -n 25 "$log"
+    return "$rc"
+}
+
+has() { "$python" -c "import $1" 2> /dev/null; }
+
+# --- what is here ---------------------------------------------------------------------------------
+"$python" - > "$out/device.json" 2>> "$log" << 'END'
+import json
+import platform
+
+import torch
+
+found = {"python": platform.python_version(), "torch": torch.__version__, "gpu": None}
+if torch.version.cuda and torch.cuda.is_available():
+    p = torch.cuda.get_device_properties(0)
+    found["gpu"] = {
+        "name": p.name,
+        "capability": f"{p.major}.{p.minor}",
+        "memory_gib": round(p.total_memory / 2**30, 1),
+        "multiprocessors": p.multi_processor_count,
+        "l2_mib": round(p.L2_cache_size / 2**20, 1),
+        "count": torch.cuda.device_count(),
+    }
+print(json.dumps(found, indent=1))
+END
+cat "$out/device.json" | tee -a "$log"
+gpu=$("$python" -c 'import json, sys; print((json.load(open(sys.argv[1]))["gpu"] or {}).get("name", ""))' \
+    "$out/device.json" 2>> "$log")
+if [[ -n $gpu ]]; then
+    export TORCH_CUDA_ARCH_LIST=native
+    device=cuda
+    say "GPU: $gpu"
+else
+    export TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-9.0+PTX}
+    device=cpu
+    say "NO GPU: torch finds none here. Nothing below says anything about a GPU: this builds for"
+    say "$TORCH_CUDA_ARCH_LIST, and tests the CPU engine of that build."
+fi
+export FUSED_STEP_CUDA=1 PYTHONUNBUFFERED=1
+MAX_JOBS=${MAX_JOBS:-$(nproc)}
+export MAX_JOBS
+for package in hypothesis xdist rich jsonschema matplotlib tqdm sklearn jax; do
+    has "$package" || say "$package is not installed: what needs it is left out, and says so"
+done
+
+# --- the stages -----------------------------------------------------------------------------------
+scripts/copy_tree.sh "$tree"
+cd "$tree" || exit 1
+# Everywhere below: this tree's package, and nobody else's.
+PYTHONPATH=$PWD
+export PYTHONPATH
+pytest=("$python" -m pytest -q -o minversion=1 -p no:cacheprovider --tb=short)
+has xdist && pytest+=(-n "$((MAX_JOBS < 8 ? MAX_JOBS : 8))")
+
+stage build 200 "$python" setup.py build_ext --inplace && stage import 60 "$python" -m fused_step info
+built=$?
+
+if ((built != 0)); then
+    for name in suite memcheck racecheck benchmark; do not_run "$name" "the build failed"; done
+elif [[ -z $gpu ]]; then
+    stage "suite, a part of it, on the CPU" 150 "${pytest[@]}" "--junitxml=$out/suite.xml" \
+        tests/test_info.py tests/test_op_linear_mse_sgd.py tests/test_train_step_resume.py \
+        tests/test_cuda.py
+    for name in suite memcheck racecheck; do not_run "$name" "there is no GPU"; done
+    stage "sanitizer's set, on the CPU, without a sanitizer" 60 \
+        "$python" scripts/sanitizer_set.py --device cpu
+    stage "benchmark, rehearsed on the CPU" 120 "$python" benchmarks/bench_gpu.py --rehearse
+    not_run benchmark "there is no GPU"
+else
+    stage suite 200 "${pytest[@]}" "--junitxml=$out/suite.xml" --device=cuda \
+        tests/test_cuda.py tests/test_train_step.py tests/test_train_step_resume.py \
+        tests/test_train_step_schedulers.py tests/test_run.py tests/test_op_linear_mse_sgd.py \
+        tests/test_linear_mse_loss.py tests/test_linear_mse_loss_autograd.py \
+        tests/test_linear_mse_loss_module.py tests/test_linear_mse_loss_coverage.py \
+        tests/test_preconditions.py
+    if command -v compute-sanitizer > /dev/null; then
+        # Without torch's cache of memory, so that what lies beyond a tensor is nobody's; our kernels
+        # alone, since torch's are many and slow to check.
+        for tool in memcheck racecheck; do
+            PYTORCH_NO_CUDA_MEMORY_CACHING=1 stage "$tool" 80 compute-sanitizer --tool "$tool" \
+                --kernel-name kns=fused_step --error-exitcode 9 --print-limit 20 \
+                "$python" scripts/sanitizer_set.py
+        done
+    else
+        for tool in memcheck racecheck; do not_run "$tool" "compute-sanitizer is not installed"; done
+    fi
+    stage benchmark 180 "$python" benchmarks/bench_gpu.py --quick --out "$out"
+fi
+
+# --- what came of it ------------------------------------------------------------------------------
+"$python" - "$out" << 'END' | tee -a "$log"
+import json
+import pathlib
+import sys
+import xml.etree.ElementTree as ET
+
+out = pathlib.Path(sys.argv[1])
+stages = []
+for line in (out / "stages.tsv").read_text().splitlines():
+    name, status, seconds, rc, reason = line.split("\t")
+    stages.append(
+        {
+            "stage": name,
+            "status": status,
+            "seconds": int(seconds),
+            "exit": int(rc) if rc else None,
+            "reason": reason,
+        }
+    )
+suite = None
+if (out / "suite.xml").is_file():
+    root = ET.parse(out / "suite.xml").getroot()
+    cases = list(root.iter("testcase"))
+    failed = [c for c in cases if c.find("failure") is not None or c.find("error") is not None]
+    skips = [c.find("skipped") for c in cases if c.find("skipped") is not None]
+    suite = {
+        "tests": len(cases),
+        "failed": [f"{c.get('classname')}.{c.get('name')}" for c in failed],
+        "skipped": len(skips),
+        "reasons_for_skips": sorted({s.get("message", "") for s in skips}),
+    }
+device = json.loads((out / "device.json").read_text() or "{}")
+summary = {**device, "stages": stages, "suite": suite}
+(out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+print(f"\n{'stage':<52}{'status':<12}{'s':>5}")
+for s in stages:
+    print(f"{s['stage']:<52}{s['status']:<12}{s['seconds']:>5}  {s['reason']}")
+if suite:
+    print(f"tests: {suite['tests']}, failed: {len(suite['failed'])}, skipped: {suite['skipped']}")
+    for name in suite["failed"][:20]:
+        print("  failed:", name)
+END
+rm -f "$results" "$out/device.json"
+say "written: $out ($SECONDS s)"
+if [[ -z $gpu ]]; then
+    say "NO GPU: nothing was checked on one"
+    exit 2
+fi
+"$python" -c 'import json, sys
+sys.exit(any(s["status"] != "passed" for s in json.load(open(sys.argv[1]))["stages"]))' \
+    "$out/summary.json"

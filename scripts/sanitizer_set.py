@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: MIT
+"""A small set of steps through every kernel, for compute-sanitizer; each is checked in float64.
+
+Usage: compute-sanitizer python scripts/sanitizer_set.py [--device cuda]
+Sizes are odd ones, so that every kernel has a ragged end; batches are cut from larger tensors whose
+other elements are NaN, so that one read too many shows in the result, too.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import fused_step
+
+# Of each plan, on CUDA: one block, a few blocks, many of them, a row wider than a warp takes, and
+# more outputs than one-pass serves.
+SHAPES = (
+    (1, 1, 1),
+    (37, 13, 1),
+    (129, 33, 7),
+    (4_099, 61, 3),
+    (20_011, 37, 8),
+    (257, 1_543, 1),
+    (131, 67, 131),
+)
+OPTIONS = ({}, {"momentum": 0.9, "weight_decay": 0.01, "nesterov": True})
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def guarded(rows: int, columns: int, dtype: torch.dtype, device: str) -> Tensor:
+    """[rows, columns] of random numbers in a sea of NaN, with a stride of its own."""
+    sea = torch.full((rows + 2, columns + 3), float("nan"), dtype=dtype, device=device)
+    sea[1:-1, 1:-2] = torch.randn(rows, columns, device=device).to(dtype)
+    return sea[1:-1, 1:-2]
+
+
+def is_close(ours: Tensor, exact: Tensor, dtype: torch.dtype) -> bool:
+    """Loose: sums of some thousand terms, three steps. Tolerances are the test suite's subject."""
+    size = float(exact.abs().max()) if exact.numel() else 0.0
+    error = float((ours.double() - exact).abs().max()) if exact.numel() else 0.0
+    return error <= 64 * torch.finfo(dtype).eps * max(size, 1.0)
+
+
+def train(
+    model: nn.Linear, x: Tensor, t: Tensor, options: dict, fused: bool
+) -> tuple[str | None, list[Tensor]]:
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, foreach=False, fused=False, **options)
+    step = fused_step.TrainStep(model, nn.MSELoss(), optimizer)
+    one = step if fused else step._plain_step
+    losses = [one(x, t) for _ in range(3)]
+    return step.plan, [*losses, *(p.detach() for p in model.parameters())]
+
+
+def check_step(
+    B: int, I: int, O: int, dtype: torch.dtype, options: dict, device: str
+) -> tuple[str | None, bool]:
+    x, t = guarded(B, I, dtype, device), guarded(B, O, dtype, device)
+    model = nn.Linear(I, O, device=device, dtype=dtype)
+    exact_model = nn.Linear(I, O, device=device, dtype=torch.float64)
+    with torch.no_grad():
+        for p, q in zip(exact_model.parameters(), model.parameters(), strict=True):
+            p.copy_(q)
+    plan, ours = train(model, x, t, options, fused=True)
+    _, exact = train(exact_model, x.double(), t.double(), options, fused=False)
+    return plan, all(is_close(a, b, dtype) for a, b in zip(ours, exact, strict=True))
+
+
+def check_loss(B: int, I: int, O: int, dtype: torch.dtype, device: str) -> bool:
+    x, t = guarded(B, I, dtype, device), guarded(B, O, dtype, device)
+    W, b = torch.randn(O, I, device=device).to(dtype), torch.randn(O, device=device).to(dtype)
+
+    def evaluate(kind: torch.dtype, loss) -> list[Tensor]:
+        tensors = [a.detach().to(kind).requires_grad_() for a in (x, W, b)]
+        value = loss(*tensors, t.to(kind))
+        return [value.detach(), *torch.autograd.grad(value, tensors)]
+
+    ours = evaluate(dtype, lambda x, W, b, t: fused_step.linear_mse_loss(x, W, t, linear_bias=b))
+    exact = evaluate(torch.float64, lambda x, W, b, t: F.mse_loss(F.linear(x, W, b), t))
+    return all(is_close(a, e, dtype) for a, e in zip(ours, exact, strict=True))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cuda")
+    device = parser.parse_args().device
+    torch.manual_seed(0)
+    wrong, plans = [], set()
+    for shape in SHAPES:
+        for dtype in DTYPES:
+            for options in OPTIONS:
+                plan, good = check_step(*shape, dtype, options, device)
+                plans.add(str(plan))
+                if not good:
+                    wrong.append(f"step {shape} {dtype} {options} {plan}")
+            if not check_loss(*shape, dtype, device):
+                wrong.append(f"loss {shape} {dtype}")
+        print(f"{shape}: done", flush=True)
+    print("plans:", ", ".join(sorted(plans)))
+    if wrong:
+        raise SystemExit("wrong results:\n" + "\n".join(wrong))
+
+
+if __name__ == "__main__":
+    main()
