@@ -63,14 +63,6 @@ bool check_module(PyObject* module, PyObject* dict, const ModuleClass& module_cl
   return !against(has_hooks, " has hooks");
 }
 
-// Dispatch keys of an ordinary CPU tensor. Inference tensors, subclasses, views with a negative or
-// conjugate bit, sparse, meta, fake and functorch tensors all differ.
-bool has_plain_keys(const at::Tensor& t) {
-  static const c10::DispatchKeySet keys =
-      at::detail::empty_cpu({0}, at::TensorOptions().dtype(at::kFloat)).key_set();
-  return t.key_set() == keys;
-}
-
 // Hooks that would run when the gradient of a parameter is accumulated.
 bool has_grad_hooks(const at::Tensor& t, PyObject* object) {
   namespace impl = torch::autograd::impl;
@@ -279,7 +271,9 @@ bool LinearStep::read_objects(Verdict& v, Reading& reading) {
   const bool model = read_model(v, reading);
   const bool loss = (model || v.explains()) && read_loss(v, reading);
   // Without a layer only the kind of optimizer can still be said.
-  const bool has_groups = model || Py_TYPE(optimizer_.ptr()) != python_objects().sgd;
+  const PyTypeObject* const type = Py_TYPE(optimizer_.ptr());
+  const bool has_groups =
+      model || (type != python_objects().sgd && type != python_objects().fused_sgd);
   const bool optimizer = (loss || v.explains()) && has_groups &&
                          sgd_reader_.read(optimizer_.ptr(), v, watch_, reading.sgd);
   const bool complete = model && loss && optimizer && v.applies();

@@ -12,6 +12,7 @@ namespace fused_step::cpu {
   namespace isa {                              \
   extern const Kernels<float> kFloatKernels;   \
   extern const Kernels<double> kDoubleKernels; \
+  extern const SgdKernels kSgdKernels;         \
   }
 
 FUSED_STEP_DECLARE_TABLES(baseline)
@@ -92,6 +93,14 @@ const Kernels<double>& kernels<double>() {
   if (isa_used() == Isa::kAvx2) return avx2::kDoubleKernels;
 #endif
   return baseline::kDoubleKernels;
+}
+
+const SgdKernels& sgd_kernels() {
+#if defined(__x86_64__)
+  if (isa_used() == Isa::kAvx512) return avx512::kSgdKernels;
+  if (isa_used() == Isa::kAvx2) return avx2::kSgdKernels;
+#endif
+  return baseline::kSgdKernels;
 }
 
 }  // namespace fused_step::cpu
