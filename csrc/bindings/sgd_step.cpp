@@ -39,11 +39,21 @@ bool has_hooks_or_profiler(PyObject* dict) {
          !is_empty_dict(get_item(dict, o.names.step_post_hooks)) || at::hasCallbacks();
 }
 
-// A dense tensor: its elements fill a range of memory without gaps.
-bool is_dense(const at::Tensor& t) {
-  return has_plain_keys(t) && t.is_non_overlapping_and_dense() && t.has_storage() &&
-         static_cast<int64_t>(t.storage().nbytes()) >=
-             (t.storage_offset() + t.numel()) * static_cast<int64_t>(t.element_size());
+// The first element of a dense tensor, whose elements fill a range of memory without gaps. False for
+// any other.
+bool dense_memory(const at::Tensor& t, bool writes, void*& data) {
+  if (!has_plain_keys(t) || !t.is_non_overlapping_and_dense()) return false;
+  const c10::Storage& storage = t.unsafeGetTensorImpl()->unsafe_storage();
+  const auto bytes_each = static_cast<int64_t>(t.dtype().itemsize());
+  const int64_t begin = t.storage_offset() * bytes_each;
+  // Less: it was freed or cut under the tensor.
+  if (!storage || static_cast<int64_t>(storage.nbytes()) < begin + t.numel() * bytes_each) {
+    return false;
+  }
+  char* const first = static_cast<char*>(writes ? storage.mutable_data()
+                                                : const_cast<void*>(storage.data()));
+  data = first + begin;
+  return true;
 }
 
 // Whether the elements of two dense tensors lie in the same order.
@@ -74,6 +84,12 @@ bool storage_of(at::ScalarType param, at::ScalarType buf, SgdStorage& storage) {
     default:
       return false;
   }
+}
+
+// param.grad(), which asks first whether there may be one.
+const at::Tensor& grad_of(const at::Tensor& param) {
+  const at::Tensor& grad = param.unsafeGetTensorImpl()->grad();
+  return grad.defined() ? grad : param.grad();
 }
 
 Extent range_of(const void* data, int64_t bytes) {
@@ -270,32 +286,32 @@ bool SgdStep::add_work(Slot& slot, const at::Tensor& param, const at::Tensor& gr
                        bool writes_grads) {
   const auto g = static_cast<size_t>(slot.group);
   const bool has_momentum = rules_[g].options.momentum != 0.0;
-  if (!groups_[g].has_options || !is_dense(param) || !is_dense(grad) ||
-      grad.scalar_type() != param.scalar_type() || !same_order(param, grad)) {
+  void *param_data = nullptr, *grad_data = nullptr, *buf_data = nullptr;
+  // A tensor that copies on write is copied when its memory is asked for to be written.
+  if (!groups_[g].has_options || grad.scalar_type() != param.scalar_type() ||
+      !same_order(param, grad) || !dense_memory(grad, writes_grads, grad_data)) {
     return false;
   }
   const at::ScalarType dtype = param.scalar_type();
   const bool is_16_bit = dtype == at::kHalf || dtype == at::kBFloat16;
   at::ScalarType buf_dtype = is_16_bit && groups_[g].momentum_float ? at::kFloat : dtype;
-  void* buf_data = nullptr;
-  SgdItem item{};
+  const at::Tensor* buf = nullptr;
   if (has_momentum && slot.buf != nullptr) {
     if (!THPVariable_CheckExact(slot.buf)) return false;
-    const at::Tensor& buf = THPVariable_Unpack(slot.buf);
-    if (!is_dense(buf) || !same_order(param, buf) || buf.requires_grad()) return false;
-    buf_dtype = buf.scalar_type();
-    buf_data = buf.mutable_data_ptr();
+    buf = &THPVariable_Unpack(slot.buf);
+    if (!same_order(param, *buf) || buf->requires_grad() || !dense_memory(*buf, true, buf_data)) {
+      return false;
+    }
+    buf_dtype = buf->scalar_type();
   }
-  if (!storage_of(dtype, buf_dtype, item.storage)) return false;
+  SgdItem item{};
+  if (!storage_of(dtype, buf_dtype, item.storage) || !dense_memory(param, true, param_data)) {
+    return false;
+  }
   item.group = slot.group;
-  // A tensor that copies on write is copied by the first of the two only.
-  void* const grad_data =
-      writes_grads ? grad.mutable_data_ptr() : const_cast<void*>(grad.const_data_ptr());
-  item.slice = {param.mutable_data_ptr(), grad_data, buf_data, param.numel(),
-                has_momentum && slot.buf == nullptr};
+  item.slice = {param_data, grad_data, buf_data, param.numel(), has_momentum && buf == nullptr};
   items_.push_back(item);
-  work_.push_back({&slot, py::reinterpret_borrow<py::object>(slot.param), param, grad,
-                   buf_data != nullptr ? THPVariable_Unpack(slot.buf) : at::Tensor()});
+  work_.push_back({&slot, &param, &grad, buf});
   written_.push_back(range_of(item.slice.param, item.slice.n * param_bytes(item.storage)));
   if (buf_data != nullptr) {
     written_.push_back(range_of(buf_data, item.slice.n * buf_bytes(item.storage)));
@@ -356,39 +372,54 @@ bool SgdStep::gather(PyObject* dict, ZeroGrad zero_grad, Scaling& scaling) {
       continue;
     }
     const at::Tensor& param = THPVariable_Unpack(slot.param);
-    const at::Tensor& grad = param.grad();
+    const at::Tensor& grad = grad_of(param);
     if (grad.defined() && !add_work(slot, param, grad, writes_grads)) left_.push_back(&slot);
   }
   // The norm is over all gradients.
   return (left_.empty() || !scaling.max_norm.has_value()) && is_disjoint(writes_grads);
 }
 
-// The buffers of a first step, which SGD would make from the gradient.
-void SgdStep::make_buffers() {
+// The buffers of a first step, which SGD would make from the gradient, by item.
+std::vector<at::Tensor> SgdStep::make_buffers() {
+  std::vector<at::Tensor> bufs;
   for (size_t k = 0; k < items_.size(); ++k) {
     SgdItem& item = items_[k];
     if (!item.slice.first_step) continue;
-    const at::Tensor& param = work_[k].param;
+    bufs.resize(items_.size());
+    const at::Tensor& param = *work_[k].param;
     const bool is_float = item.storage == SgdStorage::kBFloat16FloatBuf ||
                           item.storage == SgdStorage::kFloat16FloatBuf;
-    work_[k].buf = at::Tensor(at::detail::empty_strided_cpu(
+    bufs[k] = at::Tensor(at::detail::empty_strided_cpu(
         param.sizes(), param.strides(),
         at::TensorOptions().dtype(is_float ? at::kFloat : param.scalar_type())));
-    item.slice.buf = work_[k].buf.mutable_data_ptr();
+    item.slice.buf = bufs[k].mutable_data_ptr();
   }
+  return bufs;
+}
+
+std::vector<SgdStep::Held> SgdStep::hold() {
+  std::vector<Held> held;
+  held.reserve(work_.size());
+  for (Work& w : work_) {
+    held.push_back({py::reinterpret_borrow<py::object>(w.slot->param), *w.param, *w.grad,
+                    w.buf != nullptr ? *w.buf : at::Tensor()});
+    const Held& h = held.back();
+    w.param = &h.param;
+    w.grad = &h.grad;
+    if (w.buf != nullptr) w.buf = &h.buf;
+  }
+  return held;
 }
 
 // What the step leaves behind beside the parameters.
-void SgdStep::leave_optimizer(PyObject* dict, bool wrote_grads, std::optional<double> norm) {
+void SgdStep::leave_optimizer(PyObject* dict, const std::vector<at::Tensor>& new_bufs,
+                              bool wrote_grads, std::optional<double> norm) {
   for (size_t k = 0; k < items_.size(); ++k) {
     const Work& w = work_[k];
-    torch::autograd::impl::bump_version(w.param);
-    if (wrote_grads) torch::autograd::impl::bump_version(w.grad);
-    if (items_[k].slice.first_step) {
-      store_momentum_buffer(dict, w.object.ptr(), w.buf);
-    } else if (w.buf.defined()) {
-      torch::autograd::impl::bump_version(w.buf);
-    }
+    w.param->unsafeGetTensorImpl()->bump_version();
+    if (wrote_grads) w.grad->unsafeGetTensorImpl()->bump_version();
+    if (w.buf != nullptr) w.buf->unsafeGetTensorImpl()->bump_version();
+    if (items_[k].slice.first_step) store_momentum_buffer(dict, w.slot->param, new_bufs[k]);
   }
   if (!norm.has_value()) return;
   const bool is_double = !items_.empty() && items_[0].storage == SgdStorage::kDouble;
@@ -400,8 +431,15 @@ void SgdStep::leave_optimizer(PyObject* dict, bool wrote_grads, std::optional<do
   }
 }
 
-void SgdStep::run(PyObject* dict, const Scaling& scaling, GradAfter grad_after) {
-  make_buffers();
+void SgdStep::drop_grads() {
+  for (const Work& w : work_) w.param->mutable_grad().reset();
+}
+
+void SgdStep::run(PyObject* dict, const Scaling& scaling, ZeroGrad zero_grad) {
+  const GradAfter grad_after = zero_grad == ZeroGrad::kToZero ? GradAfter::kZero
+                               : scaling.unscale != 1.0       ? GradAfter::kUnscaled
+                                                              : GradAfter::kKept;
+  const std::vector<at::Tensor> new_bufs = make_buffers();
   int64_t total = 0;
   for (const SgdItem& item : items_) total += item.slice.n;
   for (cpu::SgdRule& rule : rules_) {
@@ -409,10 +447,14 @@ void SgdStep::run(PyObject* dict, const Scaling& scaling, GradAfter grad_after) 
     rule.clip = 1.0;
     rule.grad_after = grad_after;
   }
+  std::vector<Held> held;
   std::optional<double> norm;
   {
     std::optional<py::gil_scoped_release> no_gil;
-    if (total > kMinElementsWithoutGil) no_gil.emplace();
+    if (total > kMinElementsWithoutGil) {
+      held = hold();
+      no_gil.emplace();
+    }
     if (scaling.max_norm.has_value()) {
       // torch.nn.utils.clip_grad_norm_'s factor; NaN stays NaN.
       norm = sgd_grad_norm_cpu(items_) * scaling.unscale;
@@ -421,7 +463,8 @@ void SgdStep::run(PyObject* dict, const Scaling& scaling, GradAfter grad_after) 
     }
     sgd_cpu(items_, rules_);
   }
-  leave_optimizer(dict, grad_after != GradAfter::kKept, norm);
+  leave_optimizer(dict, new_bufs, grad_after != GradAfter::kKept, norm);
+  if (zero_grad == ZeroGrad::kToNone) drop_grads();
 }
 
 bool SgdStep::step(PyObject* optimizer, ZeroGrad zero_grad) {
@@ -433,22 +476,17 @@ bool SgdStep::step(PyObject* optimizer, ZeroGrad zero_grad) {
       !left_.empty()) {
     return false;
   }
-  const bool to_zero = zero_grad == ZeroGrad::kToZero;
-  if (to_zero) {
+  if (zero_grad == ZeroGrad::kToZero) {
     // Of a gradient that requires grad, and where the update is skipped, zero_grad() knows more.
     if (scaling.skips) return false;
     for (const Work& w : work_) {
-      if (w.grad.requires_grad()) return false;
+      if (w.grad->requires_grad()) return false;
     }
   }
   if (!scaling.skips) {
-    run(dict.ptr(), scaling,
-        to_zero                  ? GradAfter::kZero
-        : scaling.unscale != 1.0 ? GradAfter::kUnscaled
-                                 : GradAfter::kKept);
-  }
-  if (zero_grad == ZeroGrad::kToNone) {
-    for (const Work& w : work_) w.param.mutable_grad().reset();
+    run(dict.ptr(), scaling, zero_grad);
+  } else if (zero_grad == ZeroGrad::kToNone) {
+    drop_grads();
   }
   return true;
 }
@@ -468,7 +506,7 @@ py::object SgdStep::update(PyObject* optimizer) {
     group = slot->group;
     left[left.size() - 1].cast<py::tuple>()[1].cast<py::list>().append(py::handle(slot->param));
   }
-  run(dict.ptr(), scaling, scaling.unscale != 1.0 ? GradAfter::kUnscaled : GradAfter::kKept);
+  run(dict.ptr(), scaling, ZeroGrad::kNo);
   return left;
 }
 
