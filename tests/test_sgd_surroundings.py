@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import gc
+import sys
 import threading
+import time
 import weakref
 
 import pytest
@@ -198,10 +200,11 @@ def test_other_threads_run_while_a_large_step_does():
     def count():
         while not stop.is_set():
             turns.append(1)
+            time.sleep(0)  # gives the GIL back
 
     thread = threading.Thread(target=count)
-    switch = __import__("sys").getswitchinterval()
-    __import__("sys").setswitchinterval(100.0)  # only who gives the GIL away lets others run
+    switch = sys.getswitchinterval()
+    sys.setswitchinterval(100.0)  # only who gives the GIL away lets others run
     try:
         thread.start()
         before = len(turns)
@@ -210,7 +213,7 @@ def test_other_threads_run_while_a_large_step_does():
         assert len(turns) > before
     finally:
         stop.set()
-        __import__("sys").setswitchinterval(switch)
+        sys.setswitchinterval(switch)
         thread.join()
 
 
