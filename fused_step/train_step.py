@@ -129,7 +129,7 @@ class TrainStep:
         optimizer = self._optimizer
         is_ours = (
             type(optimizer) is SGD
-            and is_stock_sgd_step(optimizer.step.__func__)
+            and is_stock_sgd_step(optimizer.__dict__.get("step", SGD.step))
             and "zero_grad" not in optimizer.__dict__
         )
         return "optimizer" if is_ours else "plain"
