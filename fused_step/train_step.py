@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from fused_step._extension import _C
+from fused_step._stock import is_stock_sgd_step
 from fused_step.modules import LinearMSELoss
+from fused_step.optim import SGD
 
 LossFunction = Callable[[Tensor, Tensor], Tensor]
 
@@ -66,7 +68,7 @@ class TrainStep:
         self._optimizer = optimizer
         self._fused = _C.LinearStep(model, loss_function, optimizer)
         self._fused_step = self._fused.step
-        self._ran_plain = False
+        self._loop_plan: str | None = None  # of the last call that took no fused plan
 
     @property
     def model(self) -> nn.Module:
@@ -85,8 +87,11 @@ class TrainStep:
 
     @property
     def plan(self) -> str | None:
-        """The plan of the last call: "one-pass", "gemm" or "plain"; None before the first."""
-        return self._fused.plan or ("plain" if self._ran_plain else None)
+        """The plan of the last call, None before the first.
+
+        "one-pass", "gemm", "optimizer" or "plain".
+        """
+        return self._fused.plan or self._loop_plan
 
     def explain(self, input: Tensor, target: Tensor) -> str:
         """Says which plan ``step(input, target)`` would take, and why no deeper one.
@@ -98,6 +103,10 @@ class TrainStep:
             target: as for a step.
         """
         plan, reasons = self._fused.explain(input, target)
+        if plan == "plain":
+            plan = self._plan_of_loop()
+            if plan == "plain":
+                reasons.append("the optimizer is not fused_step.SGD itself, or has been changed")
         return "\n".join([f"plan: {plan}", *(f"not deeper: {reason}" for reason in reasons)])
 
     def __call__(self, input: Tensor, target: Tensor) -> Tensor:
@@ -116,16 +125,28 @@ class TrainStep:
         loss = self._fused_step(input, target)
         return loss if loss is not None else self._plain_step(input, target)
 
+    def _plan_of_loop(self) -> str:
+        optimizer = self._optimizer
+        is_ours = (
+            type(optimizer) is SGD
+            and is_stock_sgd_step(optimizer.__dict__.get("step", SGD.step))
+            and "zero_grad" not in optimizer.__dict__
+        )
+        return "optimizer" if is_ours else "plain"
+
     def _plain_step(self, input: Tensor, target: Tensor) -> Tensor:
-        self._ran_plain = True
+        self._loop_plan = self._plan_of_loop()
         if self._loss_function is None:
             loss = self._model(input, target)
         else:
             output = self._model(input)
             loss = self._loss_function(output, target)
         loss.backward()
-        self._optimizer.step()
-        self._optimizer.zero_grad()
+        if self._loop_plan == "optimizer":
+            self._optimizer.step(zero_grad=True)
+        else:
+            self._optimizer.step()
+            self._optimizer.zero_grad()
         return loss.detach()
 
     def run(

@@ -7,10 +7,10 @@ import doctest
 
 import pytest
 
-from fused_step import functional, modules
+from fused_step import functional, modules, optim
 
 
-@pytest.mark.parametrize("module", [functional, modules], ids=lambda m: m.__name__)
+@pytest.mark.parametrize("module", [functional, modules, optim], ids=lambda m: m.__name__)
 def test_examples_run(module):
     found = doctest.testmod(module)
     assert found.attempted > 0

@@ -303,7 +303,9 @@ bool LinearStep::read_objects(Verdict& v, Reading& reading) {
   const bool model = read_model(v, reading);
   const bool loss = (model || v.explains()) && read_loss(v, reading);
   // Without a layer only the kind of optimizer can still be said.
-  const bool has_groups = model || Py_TYPE(optimizer_.ptr()) != python_objects().sgd;
+  const PyTypeObject* const type = Py_TYPE(optimizer_.ptr());
+  const bool has_groups =
+      model || (type != python_objects().sgd && type != python_objects().fused_sgd);
   const bool optimizer = (loss || v.explains()) && has_groups &&
                          sgd_reader_.read(optimizer_.ptr(), v, watch_, reading.sgd);
   const bool complete = model && loss && optimizer && v.applies();

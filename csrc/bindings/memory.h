@@ -1,12 +1,21 @@
 // SPDX-License-Identifier: MIT
-// Where a tensor's elements lie in memory.
+// What kind of tensor it is, and where its elements lie in memory.
 #pragma once
 
+#include <ATen/EmptyTensor.h>
 #include <ATen/core/Tensor.h>
 
 #include <cstdint>
 
 namespace fused_step {
+
+// Dispatch keys of an ordinary CPU tensor. Inference tensors, subclasses, views with a negative or
+// conjugate bit, sparse, meta, fake and functorch tensors all differ.
+inline bool has_plain_cpu_keys(const at::Tensor& t) {
+  static const c10::DispatchKeySet keys =
+      at::detail::empty_cpu({0}, at::TensorOptions().dtype(at::kFloat)).key_set();
+  return t.key_set() == keys;
+}
 
 // The half-open range of addresses that holds every element; empty for a tensor without elements.
 struct Extent {

@@ -16,6 +16,7 @@
 #include "bindings/linear_mse_eager.h"
 #include "bindings/linear_step.h"
 #include "bindings/python_objects.h"
+#include "bindings/sgd_step.h"
 #include "cpu/kernels.h"
 #ifdef FUSED_STEP_WITH_CUDA
 #include "bindings/cuda_support.h"
@@ -67,6 +68,7 @@ void use_isa(const std::string& name) {
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   namespace py = pybind11;
   using fused_step::LinearStep;
+  using fused_step::SgdStep;
   fused_step::python_objects();
 
   m.attr("compiler") = FUSED_STEP_COMPILER;
@@ -92,6 +94,10 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       "set_linear_mse_loss", [](py::type type) { fused_step::set_linear_mse_loss(type.ptr()); },
       py::arg("type"), "Makes the class known that LinearStep takes with a loss of None.");
 
+  m.def(
+      "set_sgd", [](py::type type) { fused_step::set_sgd(type.ptr()); }, py::arg("type"),
+      "Makes fused_step.SGD known to LinearStep.");
+
   py::class_<LinearStep>(m, "LinearStep", py::module_local(),
                          "Fused plans of TrainStep for a linear model; see train_step.py.")
       .def(py::init<py::handle, py::handle, py::handle>(), py::arg("model"),
@@ -101,4 +107,13 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
            py::arg("batch_size"), py::arg("shuffle"), py::arg("generator"), py::arg("progress"))
       .def("explain", &LinearStep::explain, py::arg("input"), py::arg("target"))
       .def_property_readonly("plan", &LinearStep::plan);
+
+  py::class_<SgdStep>(m, "SgdStep", py::module_local(),
+                      "The update of fused_step.SGD; see optim.py.")
+      .def(py::init<>())
+      .def_property_readonly("step", &fused_step::sgd_step_function)
+      .def(
+          "update",
+          [](SgdStep& step, py::handle optimizer) { return step.update(optimizer.ptr()); },
+          py::arg("optimizer"));
 }

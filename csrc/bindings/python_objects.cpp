@@ -52,7 +52,10 @@ Names make_names() {
           interned("maximize"),
           interned("differentiable"),
           interned("linear"),
-          interned("mse_loss")};
+          interned("mse_loss"),
+          interned("momentum_dtype"),
+          interned("max_grad_norm"),
+          interned("grad_norm")};
 }
 
 // Lives as long as the process: the references below are never given back.
@@ -122,6 +125,10 @@ const PythonObjects& python_objects() { return objects(); }
 void set_linear_mse_loss(PyObject* type) {
   objects().linear_mse_loss =
       make_module_class(py::reinterpret_borrow<py::object>(type), objects().names);
+}
+
+void set_sgd(PyObject* type) {
+  objects().fused_sgd = keep_type(py::reinterpret_borrow<py::object>(type));
 }
 
 }  // namespace fused_step

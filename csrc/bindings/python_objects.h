@@ -16,6 +16,7 @@ struct Names {
   PyObject *grad_scale, *found_inf, *opt_called, *momentum_buffer, *defaults;
   PyObject *params, *lr, *momentum, *dampening, *weight_decay, *nesterov, *maximize;
   PyObject *differentiable, *linear, *mse_loss;
+  PyObject *momentum_dtype, *max_grad_norm, *grad_norm;
 };
 
 // A module class and the methods that a call of it goes through, as they were at import.
@@ -33,6 +34,7 @@ struct PythonObjects {
   // fused_step.LinearMSELoss; its type is null until set_linear_mse_loss() was called.
   ModuleClass linear_mse_loss;
   PyTypeObject *sgd, *parameter, *partial;
+  PyTypeObject* fused_sgd;  // fused_step.SGD; null until set_sgd() was called
   PyObject* sgd_zero_grad;
   // torch.nn.functional's dictionary, and its functions as they were at import.
   PyObject *functional, *linear_function, *mse_loss_function;
@@ -48,6 +50,8 @@ const PythonObjects& python_objects();
 // fused_step.modules hands over its class as soon as it has made it; it needs this module to be
 // imported first.
 void set_linear_mse_loss(PyObject* type);
+// fused_step.optim likewise.
+void set_sgd(PyObject* type);
 
 // Borrowed, null if absent; no exception is left set. PyDict_GetItem would save and restore the
 // current exception around each lookup, a quarter of its time.

@@ -53,19 +53,6 @@ bool read_flag(PyObject* value, bool& flag) {
   return value == Py_True || value == Py_False;
 }
 
-bool read_options(PyObject* group, const Names& n, SgdOptions& options, PyObject*& device_lr,
-                  bool& may_be_kept) {
-  bool differentiable = false;
-  PyObject* const is_differentiable = get_item(group, n.differentiable);
-  return read_lr(get_item(group, n.lr), options.lr, device_lr, may_be_kept) &&
-         read_number(get_item(group, n.momentum), options.momentum) &&
-         read_number(get_item(group, n.dampening), options.dampening) &&
-         read_number(get_item(group, n.weight_decay), options.weight_decay) &&
-         read_flag(get_item(group, n.nesterov), options.nesterov) &&
-         read_flag(get_item(group, n.maximize), options.maximize) &&
-         read_flag(is_differentiable, differentiable) && !differentiable;
-}
-
 // optimizer.state[param]["momentum_buffer"], or null; false: something else is there.
 bool read_buffer(PyObject* state, PyObject* param, const Names& n, Watch& watch, PyObject*& buf) {
   watch.dict(state);
@@ -84,6 +71,20 @@ bool read_buffer(PyObject* state, PyObject* param, const Names& n, Watch& watch,
 }
 
 }  // namespace
+
+bool read_sgd_options(PyObject* group, SgdOptions& options, PyObject*& device_lr,
+                      bool& may_be_kept) {
+  const Names& n = python_objects().names;
+  bool differentiable = false;
+  PyObject* const is_differentiable = get_item(group, n.differentiable);
+  return read_lr(get_item(group, n.lr), options.lr, device_lr, may_be_kept) &&
+         read_number(get_item(group, n.momentum), options.momentum) &&
+         read_number(get_item(group, n.dampening), options.dampening) &&
+         read_number(get_item(group, n.weight_decay), options.weight_decay) &&
+         read_flag(get_item(group, n.nesterov), options.nesterov) &&
+         read_flag(get_item(group, n.maximize), options.maximize) &&
+         read_flag(is_differentiable, differentiable) && !differentiable;
+}
 
 bool SgdReader::is_stock_step(PyObject* step, PyObject*& last_seen) {
   if (step == last_seen) return true;
@@ -132,9 +133,10 @@ bool SgdReader::check_step(PyObject* optimizer, PyObject* dict, Verdict& v, Watc
 bool SgdReader::read(PyObject* optimizer, Verdict& v, Watch& watch, SgdReading& reading) {
   const PythonObjects& o = python_objects();
   const Names& n = o.names;
-  if (Py_TYPE(optimizer) != o.sgd) {
+  const bool is_fused = Py_TYPE(optimizer) == o.fused_sgd;
+  if (Py_TYPE(optimizer) != o.sgd && !is_fused) {
     v.against(std::string("the optimizer is ") + Py_TYPE(optimizer)->tp_name +
-              ", not torch.optim.SGD itself");
+              ", not torch.optim.SGD or fused_step.SGD itself");
     return false;
   }
   const py::object dict_owner =
@@ -142,6 +144,10 @@ bool SgdReader::read(PyObject* optimizer, Verdict& v, Watch& watch, SgdReading& 
   PyObject* const dict = reading.dict = dict_owner.ptr();
   watch.root(optimizer, dict);
   if (!check_step(optimizer, dict, v, watch, reading)) return false;
+  PyObject* const max_norm = is_fused ? get_item(dict, n.max_grad_norm) : nullptr;
+  if (v.against(max_norm != nullptr && max_norm != Py_None, "the optimizer clips gradients")) {
+    return false;
+  }
 
   PyObject* const groups = get_item(dict, n.param_groups);
   if (groups == nullptr || !PyList_Check(groups)) {
@@ -156,11 +162,16 @@ bool SgdReader::read(PyObject* optimizer, Verdict& v, Watch& watch, SgdReading& 
     SgdOptions options;
     PyObject* device_lr = nullptr;
     if (params == nullptr || !PyList_Check(params) ||
-        !read_options(group, n, options, device_lr, reading.may_be_kept)) {
+        !read_sgd_options(group, options, device_lr, reading.may_be_kept)) {
       v.against(true,
                 "a param group has an option that is not fused (lr, momentum, dampening and "
                 "weight_decay as numbers, lr also as a tensor of one element without grad, "
                 "differentiable=False)");
+      return false;
+    }
+    PyObject* const momentum_dtype = is_fused ? get_item(group, n.momentum_dtype) : nullptr;
+    if (v.against(momentum_dtype != nullptr && momentum_dtype != Py_None && options.momentum != 0.0,
+                  "a param group has a momentum_dtype")) {
       return false;
     }
     watch.list(params);

@@ -29,6 +29,11 @@ struct SgdReading {
   bool may_be_kept = true;         // false: a value in it may change unseen (a tensor lr)
 };
 
+// A param group's options. False: one of them is not fused. `may_be_kept` becomes false where one
+// may change while the group stays as it is (a tensor lr). An lr on CUDA is not read but handed on.
+bool read_sgd_options(PyObject* group, SgdOptions& options, PyObject*& device_lr,
+                      bool& may_be_kept);
+
 class SgdReader {
  public:
   // Fills `reading`, whose weight.object and bias.object are set, and notes in `watch` what it came

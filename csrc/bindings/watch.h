@@ -15,6 +15,19 @@
 
 namespace fused_step {
 
+// A number that is new, and unique in the process, at each change of a dictionary. 0, which stands
+// for no version, where dictionaries have none (removed in Python 3.14).
+inline uint64_t dict_version([[maybe_unused]] PyObject* dict) {
+#if PY_VERSION_HEX < 0x030E0000
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wdeprecated-declarations"
+  return reinterpret_cast<PyDictObject*>(dict)->ma_version_tag;
+#pragma GCC diagnostic pop
+#else
+  return 0;
+#endif
+}
+
 class Watch {
  public:
   void clear() { entries_.clear(); }
@@ -79,18 +92,6 @@ class Watch {
       return false;
     }
   };
-
-  // 0, which never holds, where dictionaries have no version (removed in Python 3.14).
-  static uint64_t dict_version([[maybe_unused]] PyObject* dict) {
-#if PY_VERSION_HEX < 0x030E0000
-#pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Wdeprecated-declarations"
-    return reinterpret_cast<PyDictObject*>(dict)->ma_version_tag;
-#pragma GCC diagnostic pop
-#else
-    return 0;
-#endif
-  }
 
   std::vector<Entry> entries_;
 };

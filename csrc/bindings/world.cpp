@@ -8,6 +8,7 @@
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/csrc/autograd/anomaly_mode.h>
+#include <torch/csrc/autograd/forward_grad.h>
 
 #include "bindings/python_objects.h"
 
@@ -51,6 +52,15 @@ bool check_world(Verdict& v, bool& autocast) {
     if (v.against(!is_empty_dict(hooks), "a global optimizer hook is registered")) return false;
   }
   return true;
+}
+
+bool operators_are_plain() {
+  const c10::impl::LocalDispatchKeySet keys = c10::impl::tls_local_dispatch_key_set();
+  return keys.included_ == c10::default_included_set &&
+         (keys.excluded_ | c10::autocast_dispatch_keyset) == c10::default_excluded_set &&
+         !c10::impl::TorchDispatchModeTLS::any_modes_set() &&
+         !at::impl::torch_function_mode_enabled() &&
+         torch::autograd::ForwardADLevel::try_get_by_idx(0) == nullptr;
 }
 
 }  // namespace fused_step

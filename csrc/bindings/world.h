@@ -10,4 +10,8 @@ namespace fused_step {
 // False once the verdict needs no more. `autocast`: whether it is on for the CPU.
 bool check_world(Verdict& verdict, bool& autocast);
 
+// Whether an operator called now on ordinary tensors is just that operator: what an update in place
+// asks of the world. Autocast does not concern it.
+bool operators_are_plain();
+
 }  // namespace fused_step

@@ -3,11 +3,14 @@
 //   g   = +-grad + weight_decay * p
 //   buf = g on the first step, else momentum * buf + (1 - dampening) * g
 //   p  -= lr * (nesterov ? g + momentum * buf : buf)
-// V is Accum or a SIMD vector of Accum.
+// V is Accum or a SIMD vector of Accum. It rounds where torch's for-loop does: each sum of a tensor
+// and a multiple of another is one multiply-add (where the processor has it), momentum * buf is
+// rounded before; so float and double parameters keep torch's bits.
 #pragma once
 
 #include "core/inline.h"
 #include "core/params.h"
+#include "core/rounding.h"
 
 namespace fused_step {
 
@@ -43,10 +46,10 @@ FUSED_STEP_INLINE SgdCoefficients<Accum> sgd_coefficients(const SgdOptions& opti
 // would be NaN where torch leaves a number.
 template <typename V, typename Accum>
 FUSED_STEP_INLINE V sgd_update(const V& p, const V& grad, V& buf, const SgdCoefficients<Accum>& c) {
-  V g = grad * c.grad_sign;
+  V g = product(grad, c.grad_sign);
   if (c.has_decay) g = g + p * c.weight_decay;
   if (c.has_momentum) {
-    buf = c.first_step ? g : buf * c.momentum + g * c.buf_gain;
+    buf = c.first_step ? g : product(buf, c.momentum) + g * c.buf_gain;
     g = c.nesterov ? g + buf * c.momentum : buf;
   }
   return p - g * c.lr;

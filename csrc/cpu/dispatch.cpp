@@ -14,6 +14,7 @@ namespace fused_step::cpu {
   extern const Kernels<double> kDoubleKernels;             \
   extern const WideningKernels<BFloat16> kBFloat16Kernels; \
   extern const WideningKernels<Float16> kFloat16Kernels;   \
+  extern const SgdKernels kSgdKernels;                     \
   }
 
 FUSED_STEP_DECLARE_TABLES(baseline)
@@ -106,5 +107,7 @@ template <>
 const WideningKernels<Float16>& widening_kernels<Float16>() {
   FUSED_STEP_PICK_TABLE(kFloat16Kernels)
 }
+
+const SgdKernels& sgd_kernels() { FUSED_STEP_PICK_TABLE(kSgdKernels) }
 
 }  // namespace fused_step::cpu

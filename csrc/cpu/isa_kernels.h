@@ -10,6 +10,7 @@ namespace fused_step::cpu {
 
 #include "cpu/gemm_passes.h"
 #include "cpu/serial_steps.h"
+#include "cpu/sgd.h"
 #include "cpu/widening.h"
 
 namespace FUSED_STEP_ISA {
@@ -20,6 +21,11 @@ constexpr Kernels<T> kTable = {one_pass_chunk<T>, one_pass_update<T>, one_pass_g
 
 extern const Kernels<float> kFloatKernels = kTable<float>;
 extern const Kernels<double> kDoubleKernels = kTable<double>;
+extern const SgdKernels kSgdKernels = {
+    {sgd_slice<float, float>, sgd_slice<double, double>, sgd_slice<BFloat16, BFloat16>,
+     sgd_slice<Float16, Float16>, sgd_slice<BFloat16, float>, sgd_slice<Float16, float>},
+    {sum_squares<float>, sum_squares<double>, sum_squares<BFloat16>, sum_squares<Float16>,
+     sum_squares<BFloat16>, sum_squares<Float16>}};
 
 template <typename S>
 constexpr WideningKernels<S> kWideningTable = {

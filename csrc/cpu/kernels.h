@@ -169,6 +169,45 @@ struct WideningKernels {
   void (*sgd)(const SgdPass<S>&);
 };
 
+// How the optimizer finds a parameter stored: its gradient has the same type, its momentum buffer
+// too unless the name says otherwise.
+enum class SgdStorage : int8_t {
+  kFloat,
+  kDouble,
+  kBFloat16,
+  kFloat16,
+  kBFloat16FloatBuf,
+  kFloat16FloatBuf
+};
+constexpr int kSgdStorageCount = 6;
+
+// A parameter, or a part of one.
+struct SgdSlice {
+  void* param;  // [n]
+  void* grad;   // [n]
+  void* buf;    // [n], may be null without momentum
+  int64_t n;
+  bool first_step;  // buf holds no history yet
+};
+
+// What a pass leaves in the gradient.
+enum class GradAfter : int8_t { kKept, kUnscaled, kZero };
+
+// What the slices of one param group have in common. The gradient is multiplied by `unscale`, then
+// by `clip`; options.first_step is the slice's to say.
+struct SgdRule {
+  SgdOptions options;
+  double unscale = 1.0;
+  double clip = 1.0;
+  GradAfter grad_after = GradAfter::kKept;
+};
+
+// By SgdStorage.
+struct SgdKernels {
+  void (*update[kSgdStorageCount])(const SgdSlice&, const SgdRule&);
+  double (*sum_squares[kSgdStorageCount])(const void* grad, int64_t n);  // grad [n]
+};
+
 // The instruction sets in this binary, widest last, and the one in use: the widest that the
 // processor has, or the one named by FUSED_STEP_ISA.
 enum class Isa : int8_t { kBaseline, kAvx2, kAvx512 };
@@ -180,10 +219,11 @@ Isa isa_used();
 // Forces a level, for tests. False, and nothing changed, when the processor lacks it.
 bool use_isa(Isa isa);
 
-// The table of the instruction set in use.
+// The tables of the instruction set in use.
 template <typename T>
 const Kernels<T>& kernels();
 template <typename S>
 const WideningKernels<S>& widening_kernels();
+const SgdKernels& sgd_kernels();
 
 }  // namespace fused_step::cpu

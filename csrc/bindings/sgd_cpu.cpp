@@ -1,0 +1,112 @@
+// SPDX-License-Identifier: MIT
+#include "bindings/sgd_cpu.h"
+
+#include <ATen/Parallel.h>
+
+#include <algorithm>
+#include <cmath>
+
+#include "cpu/policy.h"
+
+namespace fused_step {
+
+using cpu::SgdStorage;
+
+namespace {
+
+// ends[k]: elements of the items up to and with k.
+std::vector<int64_t> ends_of(const std::vector<SgdItem>& items) {
+  std::vector<int64_t> ends(items.size());
+  int64_t end = 0;
+  for (size_t k = 0; k < items.size(); ++k) ends[k] = end += items[k].slice.n;
+  return ends;
+}
+
+// Calls body(item, first, n) for the parts of items that make up elements [begin, end) of all.
+template <typename Body>
+void for_each_part(const std::vector<SgdItem>& items, const std::vector<int64_t>& ends,
+                   int64_t begin, int64_t end, const Body& body) {
+  size_t k = static_cast<size_t>(std::upper_bound(ends.begin(), ends.end(), begin) - ends.begin());
+  for (int64_t at = begin; at < end; ++k) {
+    const int64_t n = std::min(ends[k], end) - at;
+    if (n == 0) continue;
+    body(items[k], at - (ends[k] - items[k].slice.n), n);
+    at += n;
+  }
+}
+
+void* advance(void* pointer, int64_t bytes) {
+  return pointer == nullptr ? nullptr : static_cast<char*>(pointer) + bytes;
+}
+
+}  // namespace
+
+int64_t param_bytes(SgdStorage storage) {
+  switch (storage) {
+    case SgdStorage::kFloat:
+      return 4;
+    case SgdStorage::kDouble:
+      return 8;
+    default:
+      return 2;
+  }
+}
+
+int64_t buf_bytes(SgdStorage storage) {
+  switch (storage) {
+    case SgdStorage::kBFloat16FloatBuf:
+    case SgdStorage::kFloat16FloatBuf:
+      return 4;
+    default:
+      return param_bytes(storage);
+  }
+}
+
+void sgd_cpu(const std::vector<SgdItem>& items, const std::vector<cpu::SgdRule>& rules) {
+  const cpu::SgdKernels& kernels = cpu::sgd_kernels();
+  const auto update = [&](const SgdItem& item, const cpu::SgdSlice& slice) {
+    kernels.update[static_cast<int>(item.storage)](slice, rules[static_cast<size_t>(item.group)]);
+  };
+  int64_t total = 0;
+  for (const SgdItem& item : items) total += item.slice.n;
+  if (total <= cpu::kElementwiseGrain || at::get_num_threads() == 1) {
+    for (const SgdItem& item : items) update(item, item.slice);
+    return;
+  }
+  const std::vector<int64_t> ends = ends_of(items);
+  at::parallel_for(0, total, cpu::kElementwiseGrain, [&](int64_t begin, int64_t end) {
+    for_each_part(items, ends, begin, end, [&](const SgdItem& item, int64_t first, int64_t n) {
+      cpu::SgdSlice slice = item.slice;
+      slice.param = advance(slice.param, first * param_bytes(item.storage));
+      slice.grad = advance(slice.grad, first * param_bytes(item.storage));
+      slice.buf = advance(slice.buf, first * buf_bytes(item.storage));
+      slice.n = n;
+      update(item, slice);
+    });
+  });
+}
+
+double sgd_grad_norm_cpu(const std::vector<SgdItem>& items) {
+  const cpu::SgdKernels& kernels = cpu::sgd_kernels();
+  const std::vector<int64_t> ends = ends_of(items);
+  const int64_t total = ends.empty() ? 0 : ends.back();
+  const int64_t chunks = cpu::ceil_div(total, cpu::kElementwiseGrain);
+  std::vector<double> sums(static_cast<size_t>(chunks));
+  at::parallel_for(0, chunks, 1, [&](int64_t first_chunk, int64_t last_chunk) {
+    for (int64_t c = first_chunk; c < last_chunk; ++c) {
+      const int64_t begin = c * cpu::kElementwiseGrain;
+      const int64_t end = std::min(begin + cpu::kElementwiseGrain, total);
+      double sum = 0.0;
+      for_each_part(items, ends, begin, end, [&](const SgdItem& item, int64_t first, int64_t n) {
+        const void* const grad = advance(item.slice.grad, first * param_bytes(item.storage));
+        sum += kernels.sum_squares[static_cast<int>(item.storage)](grad, n);
+      });
+      sums[static_cast<size_t>(c)] = sum;
+    }
+  });
+  double sum = 0.0;
+  for (const double s : sums) sum += s;
+  return std::sqrt(sum);
+}
+
+}  // namespace fused_step

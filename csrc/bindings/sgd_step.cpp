@@ -1,0 +1,544 @@
+// SPDX-License-Identifier: MIT
+#include "bindings/sgd_step.h"
+
+#include <ATen/EmptyTensor.h>
+#include <ATen/record_function.h>
+#include <torch/csrc/Dtype.h>
+#include <torch/csrc/Exceptions.h>
+#include <torch/csrc/autograd/python_variable.h>
+#include <torch/csrc/autograd/variable.h>
+
+#include <algorithm>
+
+#include "bindings/python_objects.h"
+#include "bindings/sgd_groups.h"
+#include "bindings/watch.h"
+#include "bindings/world.h"
+
+namespace fused_step {
+
+namespace py = pybind11;
+using cpu::GradAfter;
+using cpu::SgdStorage;
+
+namespace {
+
+// Above this a step gives the GIL away, which costs about 0.1 us.
+constexpr int64_t kMinElementsWithoutGil = 64 * 1024;
+
+py::object dict_of(PyObject* object) {
+  return py::reinterpret_steal<py::object>(PyObject_GenericGetDict(object, nullptr));
+}
+
+bool has_hooks_or_profiler(PyObject* dict) {
+  const PythonObjects& o = python_objects();
+  for (PyObject* hooks : o.global_optimizer_hooks) {
+    if (!is_empty_dict(hooks)) return true;
+  }
+  return !is_empty_dict(get_item(dict, o.names.step_pre_hooks)) ||
+         !is_empty_dict(get_item(dict, o.names.step_post_hooks)) || at::hasCallbacks();
+}
+
+// The first element of a dense tensor, whose elements fill a range of memory without gaps. False
+// for any other.
+bool dense_memory(const at::Tensor& t, bool writes, void*& data) {
+  if (!has_plain_cpu_keys(t) || !t.is_non_overlapping_and_dense()) return false;
+  const c10::Storage& storage = t.unsafeGetTensorImpl()->unsafe_storage();
+  const auto bytes_each = static_cast<int64_t>(t.dtype().itemsize());
+  const int64_t begin = t.storage_offset() * bytes_each;
+  // Less: it was freed or cut under the tensor.
+  if (!storage || static_cast<int64_t>(storage.nbytes()) < begin + t.numel() * bytes_each) {
+    return false;
+  }
+  char* const first =
+      static_cast<char*>(writes ? storage.mutable_data() : const_cast<void*>(storage.data()));
+  data = first + begin;
+  return true;
+}
+
+// Whether the elements of two dense tensors lie in the same order.
+bool same_order(const at::Tensor& a, const at::Tensor& b) {
+  if (a.sizes() != b.sizes()) return false;
+  if (a.is_contiguous() && b.is_contiguous()) return true;
+  for (int64_t d = 0; d < a.dim(); ++d) {
+    if (a.size(d) != 1 && a.stride(d) != b.stride(d)) return false;
+  }
+  return true;
+}
+
+bool storage_of(at::ScalarType param, at::ScalarType buf, SgdStorage& storage) {
+  const bool float_buf = buf == at::kFloat;
+  switch (param) {
+    case at::kFloat:
+      storage = SgdStorage::kFloat;
+      return buf == param;
+    case at::kDouble:
+      storage = SgdStorage::kDouble;
+      return buf == param;
+    case at::kBFloat16:
+      storage = float_buf ? SgdStorage::kBFloat16FloatBuf : SgdStorage::kBFloat16;
+      return float_buf || buf == param;
+    case at::kHalf:
+      storage = float_buf ? SgdStorage::kFloat16FloatBuf : SgdStorage::kFloat16;
+      return float_buf || buf == param;
+    default:
+      return false;
+  }
+}
+
+// param.grad(), which asks first whether there may be one.
+const at::Tensor& grad_of(const at::Tensor& param) {
+  const at::Tensor& grad = param.unsafeGetTensorImpl()->grad();
+  return grad.defined() ? grad : param.grad();
+}
+
+Extent range_of(const void* data, int64_t bytes) {
+  if (bytes == 0) return {0, 0};
+  const auto begin = reinterpret_cast<uintptr_t>(data);
+  return {begin, begin + static_cast<uintptr_t>(bytes)};
+}
+
+// Memory of a tensor that torch's loop will read or write, as far as it can be told.
+Extent extent_of_left(const at::Tensor& t) {
+  const bool is_told = t.defined() && t.device().is_cpu() && t.layout() == at::kStrided &&
+                       !t.key_set().has(c10::DispatchKey::Python) && t.has_storage();
+  return is_told ? extent_of(t) : Extent{0, 0};
+}
+
+// Whether `extent` touches none of `sorted`, which are disjoint and sorted. `place` is where the
+// search begins: gradients lie where they lay at the last step, and then it is two comparisons.
+bool is_clear_of(const std::vector<Extent>& sorted, const Extent& extent, size_t& place) {
+  if (extent.begin == extent.end) return true;
+  const auto fits = [&](size_t at) {
+    return at <= sorted.size() && (at == 0 || sorted[at - 1].end <= extent.begin) &&
+           (at == sorted.size() || extent.end <= sorted[at].begin);
+  };
+  if (fits(place)) return true;
+  const auto after =
+      std::upper_bound(sorted.begin(), sorted.end(), extent,
+                       [](const Extent& a, const Extent& b) { return a.begin < b.begin; });
+  place = static_cast<size_t>(after - sorted.begin());
+  return fits(place);
+}
+
+// Sorts; false if two overlap.
+bool sort_disjoint(std::vector<Extent>& extents) {
+  std::erase_if(extents, [](const Extent& e) { return e.begin == e.end; });
+  std::sort(extents.begin(), extents.end(),
+            [](const Extent& a, const Extent& b) { return a.begin < b.begin; });
+  for (size_t k = 1; k < extents.size(); ++k) {
+    if (extents[k].overlaps(extents[k - 1])) return false;
+  }
+  return true;
+}
+
+bool same_extents(const std::vector<Extent>& a, const std::vector<Extent>& b) {
+  return std::equal(a.begin(), a.end(), b.begin(), b.end(), [](const Extent& x, const Extent& y) {
+    return x.begin == y.begin && x.end == y.end;
+  });
+}
+
+// One number that a GradScaler leaves on the optimizer: absent or None keeps `value`.
+bool read_scaler_value(PyObject* object, double& value) {
+  if (object == nullptr || object == Py_None) return true;
+  if (PyLong_Check(object) || PyFloat_Check(object)) {
+    value = PyFloat_AsDouble(object);
+    return true;
+  }
+  if (!THPVariable_CheckExact(object)) return false;
+  const at::Tensor& t = THPVariable_Unpack(object);
+  if (!has_plain_cpu_keys(t) || t.numel() != 1 || !has_its_storage(t)) return false;
+  if (t.scalar_type() == at::kFloat) {
+    value = *t.const_data_ptr<float>();
+  } else if (t.scalar_type() == at::kDouble) {
+    value = *t.const_data_ptr<double>();
+  } else {
+    return false;
+  }
+  return true;
+}
+
+bool is_float32(PyObject* dtype) {
+  return dtype != nullptr && THPDtype_Check(dtype) &&
+         reinterpret_cast<THPDtype*>(dtype)->scalar_type == at::kFloat;
+}
+
+}  // namespace
+
+bool SgdStep::read_group(PyObject* dict, Group& group, cpu::SgdRule& rule) {
+  const Names& n = python_objects().names;
+  if (!PyDict_Check(dict)) return false;
+  const uint64_t version = dict_version(dict);
+  if (dict == group.dict && version == group.version && version != 0) return true;
+  const bool had_momentum = rule.options.momentum != 0.0;
+  bool may_be_kept = true;
+  PyObject* device_lr = nullptr;
+  group.has_options =
+      read_sgd_options(dict, rule.options, device_lr, may_be_kept) && device_lr == nullptr;
+  group.momentum_float = is_float32(get_item(dict, n.momentum_dtype));
+  if ((rule.options.momentum != 0.0) != had_momentum) state_version_ = 0;
+  PyObject* const params = get_item(dict, n.params);
+  if (params == nullptr || !PyList_CheckExact(params)) return false;
+  group.dict = dict;
+  group.params = params;
+  group.version = may_be_kept ? version : 0;
+  return true;
+}
+
+void SgdStep::read_state(PyObject* state) {
+  const Names& n = python_objects().names;
+  const uint64_t version = dict_version(state);
+  const bool same = state == state_ && version == state_version_ && version != 0;
+  const bool is_empty = PyDict_GET_SIZE(state) == 0;
+  for (Slot& slot : slots_) {
+    if (rules_[static_cast<size_t>(slot.group)].options.momentum == 0.0) continue;
+    if (!same) {
+      slot.entry = is_empty ? nullptr : PyDict_GetItemWithError(state, slot.param);
+      if (slot.entry == nullptr && PyErr_Occurred()) throw py::error_already_set();
+      slot.entry_version = 0;
+    }
+    if (slot.entry == nullptr) {
+      slot.buf = nullptr;
+      continue;
+    }
+    if (!PyDict_Check(slot.entry)) {
+      slot.buf = slot.entry;  // no tensor: the parameter is left to torch
+      continue;
+    }
+    const uint64_t entry_version = dict_version(slot.entry);
+    if (entry_version == slot.entry_version && entry_version != 0) continue;
+    PyObject* const buf = get_item(slot.entry, n.momentum_buffer);
+    slot.buf = buf == Py_None ? nullptr : buf;
+    slot.entry_version = entry_version;
+  }
+  state_ = state;
+  state_version_ = version;
+}
+
+// Groups, parameters and state as they are now; from memory where nothing has changed.
+bool SgdStep::read(PyObject* dict) {
+  const Names& n = python_objects().names;
+  PyObject* const groups = get_item(dict, n.param_groups);
+  PyObject* const state = get_item(dict, n.state);
+  if (groups == nullptr || !PyList_CheckExact(groups) || state == nullptr || !PyDict_Check(state)) {
+    return false;
+  }
+  const auto group_count = static_cast<size_t>(PyList_GET_SIZE(groups));
+  bool same = groups == groups_list_ && group_count == groups_.size();
+  if (!same) {
+    groups_.assign(group_count, {});
+    rules_.assign(group_count, {});
+    groups_list_ = groups;
+  }
+  size_t count = 0;
+  for (size_t g = 0; g < group_count; ++g) {
+    const PyObject* const params_before = groups_[g].params;
+    PyObject* const group = PyList_GET_ITEM(groups, static_cast<Py_ssize_t>(g));
+    if (!read_group(group, groups_[g], rules_[g])) {
+      groups_list_ = nullptr;
+      return false;
+    }
+    PyObject* const params = groups_[g].params;
+    same &= params == params_before;
+    const auto size = static_cast<size_t>(PyList_GET_SIZE(params));
+    same = same && count + size <= slots_.size();
+    for (size_t k = 0; same && k < size; ++k) {
+      const Slot& slot = slots_[count + k];
+      same = slot.param == PyList_GET_ITEM(params, static_cast<Py_ssize_t>(k)) &&
+             slot.group == static_cast<int32_t>(g);
+    }
+    count += size;
+  }
+  if (!same || count != slots_.size()) {
+    slots_.clear();
+    for (size_t g = 0; g < group_count; ++g) {
+      PyObject* const params = groups_[g].params;
+      for (Py_ssize_t k = 0; k < PyList_GET_SIZE(params); ++k) {
+        Slot slot;
+        slot.param = PyList_GET_ITEM(params, k);
+        slot.group = static_cast<int32_t>(g);
+        slots_.push_back(slot);
+      }
+    }
+    state_version_ = 0;
+  }
+  read_state(state);
+  return true;
+}
+
+bool SgdStep::read_scaling(PyObject* dict, Scaling& scaling) {
+  const Names& n = python_objects().names;
+  double grad_scale = 1.0, found_inf = 0.0;
+  if (!read_scaler_value(get_item(dict, n.grad_scale), grad_scale) ||
+      !read_scaler_value(get_item(dict, n.found_inf), found_inf)) {
+    return false;
+  }
+  scaling.skips = found_inf != 0.0;
+  // As GradScaler.unscale_ does: the reciprocal in double, kept as a float.
+  if (grad_scale != 1.0)
+    scaling.unscale = static_cast<double>(static_cast<float>(1.0 / grad_scale));
+  PyObject* const max_norm = get_item(dict, n.max_grad_norm);
+  if (max_norm == nullptr || max_norm == Py_None) return true;
+  if (!PyLong_Check(max_norm) && !PyFloat_Check(max_norm)) return false;
+  scaling.max_norm = PyFloat_AsDouble(max_norm);
+  return true;
+}
+
+// False: the parameter is left to torch.
+bool SgdStep::add_work(Slot& slot, const at::Tensor& param, const at::Tensor& grad,
+                       bool writes_grads) {
+  const auto g = static_cast<size_t>(slot.group);
+  const bool has_momentum = rules_[g].options.momentum != 0.0;
+  void *param_data = nullptr, *grad_data = nullptr, *buf_data = nullptr;
+  // A tensor that copies on write is copied when its memory is asked for to be written.
+  if (!groups_[g].has_options || grad.scalar_type() != param.scalar_type() ||
+      !same_order(param, grad) || !dense_memory(grad, writes_grads, grad_data)) {
+    return false;
+  }
+  const at::ScalarType dtype = param.scalar_type();
+  const bool is_16_bit = dtype == at::kHalf || dtype == at::kBFloat16;
+  at::ScalarType buf_dtype = is_16_bit && groups_[g].momentum_float ? at::kFloat : dtype;
+  const at::Tensor* buf = nullptr;
+  if (has_momentum && slot.buf != nullptr) {
+    if (!THPVariable_CheckExact(slot.buf)) return false;
+    buf = &THPVariable_Unpack(slot.buf);
+    if (!same_order(param, *buf) || buf->requires_grad() || !dense_memory(*buf, true, buf_data)) {
+      return false;
+    }
+    buf_dtype = buf->scalar_type();
+  }
+  SgdItem item{};
+  if (!storage_of(dtype, buf_dtype, item.storage) || !dense_memory(param, true, param_data)) {
+    return false;
+  }
+  item.group = slot.group;
+  item.slice = {param_data, grad_data, buf_data, param.numel(), has_momentum && buf == nullptr};
+  items_.push_back(item);
+  work_.push_back({&slot, &param, &grad, buf});
+  written_.push_back(range_of(item.slice.param, item.slice.n * param_bytes(item.storage)));
+  if (buf_data != nullptr) {
+    written_.push_back(range_of(buf_data, item.slice.n * buf_bytes(item.storage)));
+  }
+  return true;
+}
+
+// Whether nothing that is written shares memory with anything else, in this step's items or in what
+// is left to torch: then the order of the updates does not matter.
+bool SgdStep::is_disjoint(bool writes_grads) {
+  if (!same_extents(written_, checked_)) {
+    sorted_ = written_;
+    if (!sort_disjoint(sorted_)) {
+      checked_.clear();
+      sorted_.clear();
+      return false;
+    }
+    checked_ = written_;
+  }
+  std::vector<Extent> grads;
+  for (size_t k = 0; k < items_.size(); ++k) {
+    const SgdItem& item = items_[k];
+    const Extent grad = range_of(item.slice.grad, item.slice.n * param_bytes(item.storage));
+    if (!is_clear_of(sorted_, grad, work_[k].slot->place)) return false;
+    if (writes_grads) grads.push_back(grad);
+  }
+  if (writes_grads && !sort_disjoint(grads)) return false;
+  for (const Slot* slot : left_) {
+    const at::Tensor& param = THPVariable_Unpack(slot->param);
+    const bool has_buf = slot->buf != nullptr && THPVariable_CheckExact(slot->buf);
+    const at::Tensor buf = has_buf ? THPVariable_Unpack(slot->buf) : at::Tensor();
+    for (const at::Tensor& t : {param, at::Tensor(param.grad()), buf}) {
+      size_t place = 0, grad_place = 0;
+      if (!is_clear_of(sorted_, extent_of_left(t), place)) return false;
+      if (writes_grads && !is_clear_of(grads, extent_of_left(t), grad_place)) return false;
+    }
+  }
+  return true;
+}
+
+bool SgdStep::gather(PyObject* dict, ZeroGrad zero_grad, Scaling& scaling) {
+  work_.clear();
+  items_.clear();
+  left_.clear();
+  written_.clear();
+  const Names& n = python_objects().names;
+  PyObject* const defaults = get_item(dict, n.defaults);
+  if (defaults == nullptr || !PyDict_Check(defaults) ||
+      get_item(defaults, n.differentiable) != Py_False || !operators_are_plain() ||
+      !read_scaling(dict, scaling) || !read(dict)) {
+    return false;
+  }
+  const bool writes_grads = zero_grad == ZeroGrad::kToZero || scaling.unscale != 1.0;
+  for (Slot& slot : slots_) {
+    if (!THPVariable_CheckExact(slot.param)) {
+      if (!THPVariable_Check(slot.param)) return false;
+      left_.push_back(&slot);
+      continue;
+    }
+    const at::Tensor& param = THPVariable_Unpack(slot.param);
+    const at::Tensor& grad = grad_of(param);
+    if (grad.defined() && !add_work(slot, param, grad, writes_grads)) left_.push_back(&slot);
+  }
+  // The norm is over all gradients.
+  return (left_.empty() || !scaling.max_norm.has_value()) && is_disjoint(writes_grads);
+}
+
+// The buffers of a first step, which SGD would make from the gradient, by item.
+std::vector<at::Tensor> SgdStep::make_buffers() {
+  std::vector<at::Tensor> bufs;
+  for (size_t k = 0; k < items_.size(); ++k) {
+    SgdItem& item = items_[k];
+    if (!item.slice.first_step) continue;
+    bufs.resize(items_.size());
+    const at::Tensor& param = *work_[k].param;
+    const bool is_float = item.storage == SgdStorage::kBFloat16FloatBuf ||
+                          item.storage == SgdStorage::kFloat16FloatBuf;
+    bufs[k] = at::Tensor(at::detail::empty_strided_cpu(
+        param.sizes(), param.strides(),
+        at::TensorOptions().dtype(is_float ? at::kFloat : param.scalar_type())));
+    item.slice.buf = bufs[k].mutable_data_ptr();
+  }
+  return bufs;
+}
+
+std::vector<SgdStep::Held> SgdStep::hold() {
+  std::vector<Held> held;
+  held.reserve(work_.size());
+  for (Work& w : work_) {
+    held.push_back({py::reinterpret_borrow<py::object>(w.slot->param), *w.param, *w.grad,
+                    w.buf != nullptr ? *w.buf : at::Tensor()});
+    const Held& h = held.back();
+    w.param = &h.param;
+    w.grad = &h.grad;
+    if (w.buf != nullptr) w.buf = &h.buf;
+  }
+  return held;
+}
+
+// What the step leaves behind beside the parameters.
+void SgdStep::leave_optimizer(PyObject* dict, const std::vector<at::Tensor>& new_bufs,
+                              bool wrote_grads, std::optional<double> norm) {
+  for (size_t k = 0; k < items_.size(); ++k) {
+    const Work& w = work_[k];
+    w.param->unsafeGetTensorImpl()->bump_version();
+    if (wrote_grads) w.grad->unsafeGetTensorImpl()->bump_version();
+    if (w.buf != nullptr) w.buf->unsafeGetTensorImpl()->bump_version();
+    if (items_[k].slice.first_step) store_momentum_buffer(dict, w.slot->param, new_bufs[k]);
+  }
+  if (!norm.has_value()) return;
+  const bool is_double = !items_.empty() && items_[0].storage == SgdStorage::kDouble;
+  const at::Tensor value =
+      at::scalar_tensor(*norm, at::TensorOptions().dtype(is_double ? at::kDouble : at::kFloat));
+  const py::object wrapped = py::reinterpret_steal<py::object>(THPVariable_Wrap(value));
+  if (PyDict_SetItem(dict, python_objects().names.grad_norm, wrapped.ptr()) != 0) {
+    throw py::error_already_set();
+  }
+}
+
+void SgdStep::drop_grads() {
+  for (const Work& w : work_) w.param->mutable_grad().reset();
+}
+
+void SgdStep::run(PyObject* dict, const Scaling& scaling, ZeroGrad zero_grad) {
+  const GradAfter grad_after = zero_grad == ZeroGrad::kToZero ? GradAfter::kZero
+                               : scaling.unscale != 1.0       ? GradAfter::kUnscaled
+                                                              : GradAfter::kKept;
+  const std::vector<at::Tensor> new_bufs = make_buffers();
+  int64_t total = 0;
+  for (const SgdItem& item : items_) total += item.slice.n;
+  for (cpu::SgdRule& rule : rules_) {
+    rule.unscale = scaling.unscale;
+    rule.clip = 1.0;
+    rule.grad_after = grad_after;
+  }
+  std::vector<Held> held;
+  std::optional<double> norm;
+  {
+    std::optional<py::gil_scoped_release> no_gil;
+    if (total > kMinElementsWithoutGil) {
+      held = hold();
+      no_gil.emplace();
+    }
+    if (scaling.max_norm.has_value()) {
+      // torch.nn.utils.clip_grad_norm_'s factor; NaN stays NaN.
+      norm = sgd_grad_norm_cpu(items_) * scaling.unscale;
+      const double factor = *scaling.max_norm / (*norm + 1e-6);
+      for (cpu::SgdRule& rule : rules_) rule.clip = factor > 1.0 ? 1.0 : factor;
+    }
+    sgd_cpu(items_, rules_);
+  }
+  leave_optimizer(dict, new_bufs, grad_after != GradAfter::kKept, norm);
+  if (zero_grad == ZeroGrad::kToNone) drop_grads();
+}
+
+bool SgdStep::step(PyObject* optimizer, ZeroGrad zero_grad) {
+  if (busy_) return false;
+  const InUse in_use(*this);
+  const py::object dict = dict_of(optimizer);
+  Scaling scaling;
+  if (has_hooks_or_profiler(dict.ptr()) || !gather(dict.ptr(), zero_grad, scaling) ||
+      !left_.empty()) {
+    return false;
+  }
+  if (zero_grad == ZeroGrad::kToZero) {
+    // Of a gradient that requires grad, and where the update is skipped, zero_grad() knows more.
+    if (scaling.skips) return false;
+    for (const Work& w : work_) {
+      if (w.grad->requires_grad()) return false;
+    }
+  }
+  if (!scaling.skips) {
+    run(dict.ptr(), scaling, zero_grad);
+  } else if (zero_grad == ZeroGrad::kToNone) {
+    drop_grads();
+  }
+  return true;
+}
+
+py::object SgdStep::update(PyObject* optimizer) {
+  if (busy_) return py::none();
+  const InUse in_use(*this);
+  const py::object dict = dict_of(optimizer);
+  Scaling scaling;
+  if (!gather(dict.ptr(), ZeroGrad::kNo, scaling)) return py::none();
+  py::list left;
+  if (scaling.skips) return left;
+  // Before the update, which the list of what is left must survive.
+  int32_t group = -1;
+  for (const Slot* slot : left_) {
+    if (slot->group != group) left.append(py::make_tuple(slot->group, py::list()));
+    group = slot->group;
+    left[left.size() - 1].cast<py::tuple>()[1].cast<py::list>().append(py::handle(slot->param));
+  }
+  run(dict.ptr(), scaling, ZeroGrad::kNo);
+  return left;
+}
+
+namespace {
+
+PyObject* call_step(PyObject* capsule, PyObject* const* args, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  TORCH_CHECK_TYPE(count == 2, "step: expected optimizer and zero_grad, got ", count, " arguments");
+  auto* const step = static_cast<SgdStep*>(PyCapsule_GetPointer(capsule, nullptr));
+  const long zero_grad = PyLong_AsLong(args[1]);
+  TORCH_CHECK_VALUE(zero_grad >= 0 && zero_grad <= 2, "step: zero_grad must be 0, 1 or 2");
+  return PyBool_FromLong(step->step(args[0], static_cast<ZeroGrad>(zero_grad)));
+  END_HANDLE_TH_ERRORS
+}
+
+PyMethodDef step_method = {"step",
+                           reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(call_step)),
+                           METH_FASTCALL, "step(optimizer, zero_grad) -> bool"};
+
+}  // namespace
+
+py::object sgd_step_function(const py::object& self) {
+  // The capsule, and with it the function, keeps `self` alive.
+  const py::object capsule = py::reinterpret_steal<py::object>(PyCapsule_New(
+      &self.cast<SgdStep&>(), nullptr,
+      [](PyObject* c) { Py_XDECREF(static_cast<PyObject*>(PyCapsule_GetContext(c))); }));
+  if (!capsule) throw py::error_already_set();
+  PyCapsule_SetContext(capsule.ptr(), self.inc_ref().ptr());
+  return py::reinterpret_steal<py::object>(PyCFunction_New(&step_method, capsule.ptr()));
+}
+
+}  // namespace fused_step

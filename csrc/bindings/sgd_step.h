@@ -1,0 +1,114 @@
+// SPDX-License-Identifier: MIT
+// Door 3 on the CPU: finds out at each step which parameters the fused loops may update, and
+// updates them; the rest is left to torch's own loop.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <Python.h>
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+#include <optional>
+#include <vector>
+
+#include "bindings/memory.h"
+#include "bindings/sgd_cpu.h"
+
+namespace fused_step {
+
+// What a step does to the gradients when it has used them.
+enum class ZeroGrad : int8_t { kNo, kToNone, kToZero };
+
+// One per optimizer. What it remembers between steps are borrowed references, each compared with
+// the optimizer before it is used.
+class SgdStep {
+ public:
+  // A whole step. False, and nothing changed, where any of it is not for the fused loops: hooks, a
+  // profiler that wants to see the step, a parameter that is no ordinary CPU tensor.
+  bool step(PyObject* optimizer, ZeroGrad zero_grad);
+
+  // The update without hooks and profiler: [(index of a group, [its parameters that are left to
+  // torch's loop])], empty when all is done; None when everything is left, and nothing changed.
+  pybind11::object update(PyObject* optimizer);
+
+ private:
+  struct Group {
+    PyObject* dict = nullptr;
+    uint64_t version = 0;         // of dict; 0: to be read again
+    PyObject* params = nullptr;   // the list in dict
+    bool has_options = false;     // false: an option is not for the fused loops
+    bool momentum_float = false;  // momentum_dtype is float32
+  };
+  // A parameter of a group, and what the optimizer's state has for it.
+  struct Slot {
+    PyObject* param = nullptr;
+    int32_t group = 0;
+    PyObject* entry = nullptr;  // state[param], null if absent
+    uint64_t entry_version = 0;
+    PyObject* buf = nullptr;  // entry["momentum_buffer"], null if absent or None
+    size_t place = 0;         // where its gradient lay among the ranges that are written
+  };
+  // A parameter with a gradient that this step updates; its slice is the item of the same index.
+  // Not held: a reference more and one less take the GIL, 0.1 us for each tensor.
+  struct Work {
+    Slot* slot;
+    const at::Tensor* param;
+    const at::Tensor* grad;
+    const at::Tensor* buf;  // null before the first step and without momentum
+  };
+  // The same held, for while the loops run another thread may have the GIL.
+  struct Held {
+    pybind11::object object;
+    at::Tensor param;
+    at::Tensor grad;
+    at::Tensor buf;
+  };
+  // What a GradScaler and max_grad_norm want of this step.
+  struct Scaling {
+    bool skips = false;  // found_inf
+    double unscale = 1.0;
+    std::optional<double> max_norm;
+  };
+
+  bool read(PyObject* dict);
+  bool read_group(PyObject* dict, Group& group, cpu::SgdRule& rule);
+  void read_state(PyObject* state);
+  static bool read_scaling(PyObject* dict, Scaling& scaling);
+  // False: everything is to be left. What is left by itself is in left_.
+  bool gather(PyObject* dict, ZeroGrad zero_grad, Scaling& scaling);
+  bool add_work(Slot& slot, const at::Tensor& param, const at::Tensor& grad, bool writes_grads);
+  bool is_disjoint(bool writes_grads);
+  std::vector<at::Tensor> make_buffers();
+  std::vector<Held> hold();
+  void leave_optimizer(PyObject* dict, const std::vector<at::Tensor>& new_bufs, bool wrote_grads,
+                       std::optional<double> norm);
+  void drop_grads();
+  void run(PyObject* dict, const Scaling& scaling, ZeroGrad zero_grad);
+
+  PyObject* groups_list_ = nullptr;
+  std::vector<Group> groups_;
+  std::vector<Slot> slots_;
+  PyObject* state_ = nullptr;
+  uint64_t state_version_ = 0;
+  std::vector<cpu::SgdRule> rules_;  // by group
+
+  std::vector<Work> work_;
+  std::vector<SgdItem> items_;
+  std::vector<Slot*> left_;
+  std::vector<Extent> written_;  // of this step, in order of the items
+  std::vector<Extent> checked_;  // of the last step whose ranges were found disjoint
+  std::vector<Extent> sorted_;   // checked_ by address
+  bool busy_ = false;            // a step is under way, in another thread
+
+  struct InUse {
+    explicit InUse(SgdStep& step) : step(step) { step.busy_ = true; }
+    ~InUse() { step.busy_ = false; }
+    SgdStep& step;
+  };
+};
+
+// `self`.step(optimizer, zero_grad) as a built-in function: for a small step the dispatch of a
+// pybind11 method is a good part of the time.
+pybind11::object sgd_step_function(const pybind11::object& self);
+
+}  // namespace fused_step

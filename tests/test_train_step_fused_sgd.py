@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: MIT
+"""TrainStep takes fused_step.SGD like torch.optim.SGD, and has the plan `optimizer` by it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from oracle import describe, plain_step
+from sgd_oracle import OPTION_SETS, momentum_of, torch_sgd
+from torch import nn
+
+import fused_step
+
+
+def make_net() -> nn.Module:
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
+
+
+def assert_same(model, optimizer, other, other_optimizer) -> None:
+    for p, q in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(p, q)
+        assert p.grad is None
+        a, b = momentum_of(optimizer, p), momentum_of(other_optimizer, q)
+        assert (a is None) == (b is None)
+        assert a is None or torch.equal(a, b)
+
+
+@pytest.mark.parametrize("options", OPTION_SETS, ids=describe)
+@pytest.mark.parametrize(("O", "plan"), ((1, "one-pass"), (40, "gemm")))
+def test_linear_models_take_the_same_plan_as_under_torchs_sgd(O, plan, options):
+    x, t = torch.randn(16, 5), torch.randn(16, O)
+    trained = []
+    for make in (fused_step.SGD, torch.optim.SGD):
+        torch.manual_seed(0)
+        model = nn.Linear(5, O)
+        optimizer = make(model.parameters(), **options)
+        step = fused_step.TrainStep(model, nn.MSELoss(), optimizer)
+        for _ in range(3):
+            step(x, t)
+            assert step.plan == plan
+        step.run(x, t, epochs=2, batch_size=8)
+        assert step.plan == plan
+        trained.append((model, optimizer))
+    assert_same(*trained[0], *trained[1])
+
+
+@pytest.mark.parametrize("options", OPTION_SETS, ids=describe)
+def test_other_models_take_the_plan_optimizer(options):
+    x, t = torch.randn(16, 4), torch.randn(16, 3)
+    ours, theirs = make_net(), make_net()
+    optimizer = fused_step.SGD(ours.parameters(), **options)
+    torch_optimizer = torch_sgd(theirs.parameters(), **options)
+    step = fused_step.TrainStep(ours, nn.MSELoss(), optimizer)
+    assert step.plan is None
+    assert step.explain(x, t).startswith("plan: optimizer\nnot deeper: ")
+    for _ in range(3):
+        loss = step(x, t)
+        assert step.plan == "optimizer"
+        assert torch.equal(loss, plain_step(theirs, nn.MSELoss(), torch_optimizer, x, t))
+    losses = step.run(x, t, epochs=2, batch_size=8)
+    assert losses.shape == (4,)
+    assert step.plan == "optimizer"
+    for k in range(4):
+        rows = slice(k % 2 * 8, k % 2 * 8 + 8)
+        expected = plain_step(theirs, nn.MSELoss(), torch_optimizer, x[rows], t[rows])
+        assert torch.equal(losses[k], expected)
+    assert_same(ours, optimizer, theirs, torch_optimizer)
+
+
+def test_torchs_sgd_is_plain_and_explain_says_so():
+    net = make_net()
+    step = fused_step.TrainStep(net, nn.MSELoss(), torch.optim.SGD(net.parameters()))
+    x, t = torch.randn(16, 4), torch.randn(16, 3)
+    assert step.explain(x, t).startswith("plan: plain\n")
+    assert "the optimizer is not fused_step.SGD itself" in step.explain(x, t)
+    step(x, t)
+    assert step.plan == "plain"
+
+
+@pytest.mark.parametrize(
+    "options", ({"max_grad_norm": 0.1}, {"momentum": 0.9, "momentum_dtype": torch.float32}), ids=str
+)
+def test_options_of_our_own_lower_a_linear_model_to_the_plan_optimizer(options):
+    x, t = torch.randn(16, 5), torch.randn(16, 1)
+    model, other = nn.Linear(5, 1), nn.Linear(5, 1)
+    other.load_state_dict(model.state_dict())
+    optimizer = fused_step.SGD(model.parameters(), lr=0.1, **options)
+    other_optimizer = fused_step.SGD(other.parameters(), lr=0.1, **options)
+    step = fused_step.TrainStep(model, nn.MSELoss(), optimizer)
+    for _ in range(3):
+        step(x, t)
+        plain_step(other, nn.MSELoss(), other_optimizer, x, t)
+    assert step.plan == "optimizer"
+    assert_same(model, optimizer, other, other_optimizer)
+
+
+def test_an_optimizer_that_was_changed_is_plain():
+    x, t = torch.randn(16, 4), torch.randn(16, 3)
+
+    def replaced_step(optimizer):
+        inner = optimizer.step
+        optimizer.step = lambda: inner()
+
+    def replaced_zero_grad(optimizer):
+        inner = optimizer.zero_grad
+        optimizer.zero_grad = lambda: inner(set_to_none=False)
+
+    for change in (replaced_step, replaced_zero_grad):
+        net = make_net()
+        optimizer = fused_step.SGD(net.parameters(), lr=0.1)
+        step = fused_step.TrainStep(net, nn.MSELoss(), optimizer)
+        change(optimizer)
+        step(x, t)
+        assert step.plan == "plain"
+        assert (net[0].weight.grad is None) == (change is replaced_step)
+
+    class Mine(fused_step.SGD):
+        pass
+
+    net = make_net()
+    step = fused_step.TrainStep(net, nn.MSELoss(), Mine(net.parameters(), lr=0.1))
+    step(x, t)
+    assert step.plan == "plain"
+
+
+def test_a_scheduler_leaves_the_plans_as_they_are():
+    for model, plan in ((nn.Linear(4, 3), "one-pass"), (make_net(), "optimizer")):
+        optimizer = fused_step.SGD(model.parameters(), lr=0.1)
+        scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)
+        step = fused_step.TrainStep(model, nn.MSELoss(), optimizer)
+        for _ in range(3):
+            step(torch.randn(16, 4), torch.randn(16, 3))
+            assert step.plan == plan
+            scheduler.step()
+        assert optimizer.param_groups[0]["lr"] == 0.1 / 8
+
+
+def test_a_loop_and_the_step_share_the_state():
+    x, t = torch.randn(16, 4), torch.randn(16, 1)
+    model, other = nn.Linear(4, 1), nn.Linear(4, 1)
+    other.load_state_dict(model.state_dict())
+    optimizer = fused_step.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    other_optimizer = fused_step.SGD(other.parameters(), lr=0.1, momentum=0.9)
+    step = fused_step.TrainStep(model, nn.MSELoss(), optimizer)
+    for k in range(6):
+        if k % 2:
+            plain_step(model, nn.MSELoss(), optimizer, x, t)
+        else:
+            step(x, t)
+            assert step.plan == "one-pass"
+        plain_step(other, nn.MSELoss(), other_optimizer, x, t)
+    torch.testing.assert_close(model.weight, other.weight)
