@@ -6,12 +6,14 @@ PYTHON ?= python3
 VENV ?= .venv
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
+# Without those that compile for each case or live in another process.
+QUICK := eager,hand,step,step_again,run,floor_call,floor_read,floor_gemm
 
 BIN := $(VENV)/bin
 CSRC := $(shell find csrc -type f)
 CPP_FORMATTED := $(shell find csrc tests benchmarks -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help demo test lint format sanitize bench bench-check build clean
+.PHONY: help demo test lint format sanitize bench bench-quick bench-check build clean
 .DELETE_ON_ERROR:
 # pip runs one at a time in one environment.
 .NOTPARALLEL:
@@ -38,8 +40,11 @@ format: $(VENV)/.lint  ## bring all sources into that style
 sanitize:  ## run the torch-free C++ tests under ASan and UBSan
 	@$(MAKE) --no-print-directory -f tests/cpp/Makefile -j$(or $(MAX_JOBS),2)
 
-bench: $(VENV)/.bench build  ## measure (BENCH_ARGS="..." goes to the script)
-	$(BIN)/python benchmarks/bench_cpu.py $(BENCH_ARGS)
+bench: $(VENV)/.bench build  ## measure all that this machine can run (BENCH_ARGS="cpu --rounds 5": a part)
+	$(BIN)/python benchmarks/run.py $(BENCH_ARGS)
+
+bench-quick: $(VENV)/.bench build  ## a first look, under 90 s, not to be quoted
+	$(BIN)/python benchmarks/bench_cpu.py --quick --no-memory --contestants $(QUICK)
 
 bench-check: $(VENV)/.bench build  ## hold the instruction counts of small steps against benchmarks/baseline.json
 	$(BIN)/python benchmarks/instructions.py

@@ -5,9 +5,8 @@ the bytes that each has to read and write.
 Usage: python benchmarks/traffic.py [BxIxO] [--momentum M]
 
 An operator reads its tensor arguments and writes its results, each once: that is the least it can
-move, whatever the caches hold. Views move nothing. The fused step's line is what its one-pass plan
-moves by the same rule: x and target read once, parameters and momentum buffers read and written
-once.
+move, whatever the caches hold. Views move nothing. The fused step's lines are what its plan for
+this size moves by the same rule; a panel of dW is used up in cache and moves nothing.
 """
 
 from __future__ import annotations
@@ -19,6 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from fused_step import TrainStep
 
 
 class Operator(NamedTuple):
@@ -36,7 +37,7 @@ class CountOperators(TorchDispatchMode):
 
     def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = op(*args, **(kwargs or {}))
-        if not op.is_view and not op.name().startswith(("aten::_unsafe_view", "aten::detach")):
+        if op.namespace == "aten" and not op.is_view:
             given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
             made = [t for t in tree_leaves(result) if isinstance(t, Tensor)]
             only_written = ("aten::empty", "aten::zero_", "aten::ones_like", "aten::fill_")
@@ -75,9 +76,21 @@ def plain_step(B: int, I: int, O: int, momentum: float = 0.0) -> list[Operator]:
     return count.operators
 
 
-def fused_step(B: int, I: int, O: int, momentum: float = 0.0) -> Operator:
-    parameters = 4 * (O * I + O) * (2 if momentum else 1)
-    return Operator("one-pass", 4 * B * (I + O) + parameters, parameters + 4)
+def fused_step(B: int, I: int, O: int, momentum: float = 0.0) -> list[Operator]:
+    """The passes of the plan that TrainStep takes."""
+    model = nn.Linear(I, O)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=momentum)
+    step = TrainStep(model, nn.MSELoss(), optimizer)
+    step(torch.randn(B, I), torch.randn(B, O))
+    x, y, W, b = 4 * B * I, 4 * B * O, 4 * O * I, 4 * O
+    update = (2 if momentum else 1) * (W + b)
+    if step.plan == "one-pass":
+        return [Operator("one-pass", x + y + update, update + 4)]
+    return [
+        Operator("mm: y = x W^T", x + W, y),
+        Operator("bias, target, loss, db, R", 2 * y + b, y + 4),
+        Operator("mm: R^T x by panels, update", x + y + update, update),
+    ]
 
 
 def main() -> None:
@@ -88,16 +101,11 @@ def main() -> None:
     B, I, O = (int(n) for n in arguments.size.split("x"))
     plain = plain_step(B, I, O, arguments.momentum)
     fused = fused_step(B, I, O, arguments.momentum)
-    print(f"{'operator':36} {'reads (bytes)':>16} {'writes (bytes)':>16}")
-    for name, read, written in plain:
-        print(f"{name:36} {read:16,} {written:16,}")
-    total = Operator(
-        f"five lines: {len(plain)} operators",
-        sum(o.read for o in plain),
-        sum(o.written for o in plain),
-    )
-    for name, read, written in (total, fused._replace(name="fused step: 1 operator")):
-        print(f"{name:36} {read:16,} {written:16,}")
+    print(f"{'':40} {'reads (bytes)':>16} {'writes (bytes)':>16}")
+    for title, operators in (("five lines", plain), ("fused step", fused)):
+        read, written = sum(o.read for o in operators), sum(o.written for o in operators)
+        for operator in (*operators, Operator(f"{title}: {len(operators)}", read, written)):
+            print(f"{operator.name:40} {operator.read:16,} {operator.written:16,}")
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ MeasureMemory = Callable[[Case, int], dict]
 def _parse(description: str, cases: Sequence[Case]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=description)
     names = ", ".join(case.name for case in cases)
-    parser.add_argument("--rounds", type=int, help="rounds a case (default 40; quick: 8)")
+    parser.add_argument("--rounds", type=int, help="rounds a case (quick: 8)")
     parser.add_argument("--quick", action="store_true", help="few rounds, under 90 s; not to quote")
     parser.add_argument("--cases", help=f"comma-separated, of: {names}")
     parser.add_argument("--contestants", help="comma-separated keys; default all")
@@ -68,8 +68,8 @@ def _parse(description: str, cases: Sequence[Case]) -> argparse.Namespace:
     return arguments
 
 
-def _protocol(arguments: argparse.Namespace) -> Protocol:
-    protocol = Protocol(rounds=8, case_seconds=3.0) if arguments.quick else Protocol()
+def _protocol(arguments: argparse.Namespace, full: Protocol) -> Protocol:
+    protocol = Protocol(rounds=8, case_seconds=3.0) if arguments.quick else full
     if arguments.rounds:
         protocol = Protocol(rounds=arguments.rounds, case_seconds=protocol.case_seconds)
     return protocol
@@ -158,6 +158,7 @@ def run(
     subject: str,
     again: str,
     measure_memory: MeasureMemory = memory.measure,
+    full: Protocol | None = None,
 ) -> None:
     """Parses the command line, measures, prints, and writes KIND.json, KIND.md and KIND.png.
 
@@ -169,13 +170,14 @@ def run(
         subject: key of the contestant that the others are compared with.
         again: key of its second entry, for the A/A noise.
         measure_memory: from a case and a number of threads to its memory.
+        full: the protocol of a run that is not quick.
     """
     arguments = _parse(description, cases)
     console = Console(width=None if sys.stdout.isatty() else 120)
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     threads = torch.get_num_threads()
-    protocol = _protocol(arguments)
+    protocol = _protocol(arguments, full or Protocol())
     result = _start(kind, subject, arguments, protocol)
     path = arguments.out / f"{kind}.json"
     console.print(
@@ -227,8 +229,8 @@ def run(
         console.print("nothing was measured")
         raise SystemExit(130)
     console.print(_target_table(result["cases"]))
-    table, image = report.write(result, path)
-    console.print("written:", *(os.path.relpath(file) for file in (path, table, image)))
+    written = report.write(result, path)
+    console.print("written:", *(os.path.relpath(file) for file in (path, *written)))
     if interrupted:
         console.print("interrupted: what was complete is kept")
         raise SystemExit(130)

@@ -14,6 +14,8 @@ from harness.case import Data
 from harness.contestant import Contestant, InProcess, Trajectory, Unavailable, collector_off
 from harness.torch_steps import linear_parameters, make_linear
 
+_MAX_FLOPS_OF_A_CALL = 5e9  # about 0.1 s
+
 
 def make_train_step(data: Data) -> tuple[torch.nn.Linear, Any]:
     """A model with the case's initial weights, and its TrainStep."""
@@ -81,3 +83,28 @@ class Run(Contestant):
 
     def release(self) -> None:
         self._model = self._step = self._tensors = self._losses = None
+
+
+class RunOf(Run):
+    """`run` with a fixed number of steps a call, as often as it takes."""
+
+    def __init__(self, key: str, label: str, steps: int):
+        super().__init__(key, label)
+        self._steps = steps
+
+    def prepare(self, data: Data) -> None:
+        case = data.case
+        if case.flops * self._steps > _MAX_FLOPS_OF_A_CALL:
+            raise Unavailable(f"{self._steps} steps of this size take longer than a sample should")
+        super().prepare(data)
+
+    def sample(self, steps: int) -> float:
+        calls = -(-steps // self._steps)
+        x, target = self._tensors
+        with collector_off():
+            start = time.perf_counter_ns()
+            for _ in range(calls):
+                losses = self._step.run(x, target, epochs=self._steps, batch_size=self._batch)
+            stop = time.perf_counter_ns()
+        self._losses = losses
+        return (stop - start) * 1e-9 * steps / (calls * self._steps)

@@ -6,6 +6,8 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+from harness import curves
+
 
 def number(value: float) -> str:
     """Three significant digits, no exponent."""
@@ -72,7 +74,7 @@ def _table(header: list[str], rows: list[list[str]]) -> list[str]:
     return [_row(*header), _row(*("---" for _ in header)), *(_row(*row) for row in rows)]
 
 
-def _header_lines(result: dict) -> list[str]:
+def header_lines(result: dict) -> list[str]:
     machine, versions, commit = result["machine"], result["versions"], result["commit"]
     caches = ", ".join(
         f"L{cache['level']} {cache['size']}"
@@ -101,7 +103,7 @@ def _header_lines(result: dict) -> list[str]:
     return lines
 
 
-def _target_lines(result: dict) -> list[str]:
+def target_lines(result: dict) -> list[str]:
     rows = []
     for case in result["cases"]:
         for target in case["targets"]:
@@ -192,7 +194,7 @@ def _case_lines(case: dict, subject: str) -> list[str]:
 
 
 def markdown(result: dict) -> str:
-    lines = _header_lines(result) + _target_lines(result) + _memory_lines(result)
+    lines = header_lines(result) + target_lines(result) + _memory_lines(result)
     for case in result["cases"]:
         lines += _case_lines(case, result["subject"])
     lines += [
@@ -283,11 +285,16 @@ def _panel(panel, case: dict, subject: str) -> None:
     panel.spines[["top", "right"]].set_visible(False)
 
 
-def write(result: dict, json_path: Path, out: Path | None = None) -> tuple[Path, Path]:
+def picture_of(result: dict, path: Path) -> None:
+    """The curves of a sweep, the bars of anything else."""
+    curves.picture(result, path) if curves.has_curves(result) else picture(result, path)
+
+
+def write(result: dict, json_path: Path, out: Path | None = None) -> list[Path]:
     """Writes NAME.md and NAME.png beside the JSON, or into `out`."""
     folder = json_path.parent if out is None else out
     folder.mkdir(parents=True, exist_ok=True)
     table, image = folder / f"{json_path.stem}.md", folder / f"{json_path.stem}.png"
     table.write_text(markdown(result))
-    picture(result, image)
-    return table, image
+    picture_of(result, image)
+    return [table, image]
