@@ -51,21 +51,29 @@ class Target:
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One step of Linear(I, O) with the mean squared error on B rows, in float32."""
+    """One step of Linear(I, O) with the mean squared error on B rows."""
 
     batch: int
     inputs: int
     outputs: int
     targets: tuple[str, ...] = ()
     note: str = ""
+    dtype: str = "float32"
 
     @property
     def name(self) -> str:
-        return f"{self.batch}x{self.inputs}x{self.outputs}"
+        return f"{self.batch}x{self.inputs}x{self.outputs}" + self._suffix("-")
 
     @property
     def title(self) -> str:
-        return f"{self.batch}×{self.inputs}→{self.outputs}"
+        return f"{self.batch}×{self.inputs}→{self.outputs}" + self._suffix(" ")
+
+    def _suffix(self, separator: str) -> str:
+        return "" if self.dtype == "float32" else separator + self.dtype
+
+    @property
+    def element_bytes(self) -> int:
+        return {"float32": 4, "bfloat16": 2, "float16": 2}[self.dtype]
 
     @property
     def parsed_targets(self) -> list[Target]:
@@ -73,21 +81,21 @@ class Case:
 
     @property
     def input_bytes(self) -> int:
-        return 4 * self.batch * self.inputs
+        return self.element_bytes * self.batch * self.inputs
 
     @property
     def output_bytes(self) -> int:
-        """Bytes of one [B, O] float32 buffer."""
-        return 4 * self.batch * self.outputs
+        """Bytes of one [B, O] buffer."""
+        return self.element_bytes * self.batch * self.outputs
 
     @property
     def weight_bytes(self) -> int:
-        return 4 * self.outputs * self.inputs
+        return self.element_bytes * self.outputs * self.inputs
 
     @property
     def minimal_bytes(self) -> int:
         """x and t read once, W and b read once and written once. Nothing else has to move."""
-        parameters = self.weight_bytes + 4 * self.outputs
+        parameters = self.weight_bytes + self.element_bytes * self.outputs
         return self.input_bytes + self.output_bytes + 2 * parameters
 
     @property
@@ -127,4 +135,6 @@ class Data:
         """x and target in memory of torch's own allocator, hence with its alignment."""
         import torch
 
-        return torch.from_numpy(self.x).clone(), torch.from_numpy(self.target).clone()
+        dtype = getattr(torch, self.case.dtype)
+        x, target = torch.from_numpy(self.x), torch.from_numpy(self.target)
+        return x.to(dtype, copy=True), target.to(dtype, copy=True)

@@ -107,7 +107,7 @@ def case_result(measured: Measured, subject: str, again: str, memory: dict | Non
         "batch": case.batch,
         "inputs": case.inputs,
         "outputs": case.outputs,
-        "dtype": "float32",
+        "dtype": case.dtype,
         "minimal_bytes": case.minimal_bytes,
         "flops": case.flops,
         "learning_rate": case.learning_rate,
