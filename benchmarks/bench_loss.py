@@ -23,6 +23,9 @@ CASES = tuple(
         ((8192, 1024, 16), 1.4),
         ((1024, 1024, 1024), 1.0),
     )
+) + tuple(
+    Case(*sizes, (f"loss >= {limit}x eager",), dtype="bfloat16")
+    for sizes, limit in (((4096, 1024, 1), 2), ((1024, 1024, 256), 1.5))
 )
 
 

@@ -24,13 +24,12 @@ from loss_oracle import (
     fused_loss,
     torch_loss,
 )
-from oracle import same_bits
+from oracle import DTYPES, same_bits, thinned
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fused_step._extension import _C
 
-DTYPES = (torch.float32, torch.float64)
 # Every size around vectors of 4, 8 and 16 elements: 0 … 2 · 16 + 1.
 VECTOR_SIZES = range(2 * 16 + 2)
 # One problem of each way to compute it: one-pass for one and for several outputs, gemm.
@@ -58,17 +57,17 @@ def test_equals_torch_at_every_size_around_vector_widths(B, dtype, isa):
     outputs = itertools.cycle((1, 2, 1, 3, 4, 1, 5, 8, 1, 7, 9, 1, 17, 33))
     needs = itertools.cycle((HEAD, TRAINING, frozenset({"input"}), HEAD, frozenset({"weight"})))
     for I in VECTOR_SIZES:
-        assert_loss_like_torch(
-            LossProblem.random(
-                B,
-                I,
-                next(outputs),
-                dtype=dtype,
-                bias=(B + I) % 3 != 0,
-                reduction=("mean", "sum")[I // 2 % 2],
-                needs=next(needs),
-            )
+        problem = LossProblem.random(
+            B,
+            I,
+            next(outputs),
+            dtype=dtype,
+            bias=(B + I) % 3 != 0,
+            reduction=("mean", "sum")[I // 2 % 2],
+            needs=next(needs),
         )
+        if not thinned(dtype, B, I):
+            assert_loss_like_torch(problem)
 
 
 @each_dtype
@@ -76,6 +75,8 @@ def test_equals_torch_at_every_size_around_vector_widths(B, dtype, isa):
 def test_equals_torch_at_every_number_of_outputs(O, dtype):
     for B, I in itertools.product((1, 5, 32, 67), (1, 4, 13, 16, 33)):
         for reduction, bias in itertools.product(REDUCTIONS, (True, False)):
+            if thinned(dtype, B, I, bias, REDUCTIONS.index(reduction)):
+                continue
             problem = LossProblem.random(B, I, O, dtype=dtype, bias=bias, reduction=reduction)
             assert_loss_like_torch(problem)
 
@@ -160,6 +161,8 @@ def test_empty_batch_has_zero_gradients_whatever_comes_back():
 @each_shape
 def test_every_set_of_gradients_equals_torch(shape, reduction, dtype):
     for needs, bias in itertools.product(NEEDS, (True, False)):
+        if thinned(dtype, len(needs), bias):
+            continue
         problem = LossProblem.random(
             *shape, dtype=dtype, reduction=reduction, needs=needs, bias=bias
         )

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from oracle import (
+    DTYPES,
     OPTION_SETS,
     Problem,
     Trained,
@@ -17,6 +18,7 @@ from oracle import (
     describe,
     same_bits,
     scales,
+    thinned,
     train_fused,
     train_plain,
 )
@@ -55,11 +57,13 @@ def train(problem: Problem, steps: int) -> Trained:
 # --- result -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("options", OPTION_SETS, ids=describe)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_op_equals_plain_loop(shape, options, dtype):
     for bias, reduction in itertools.product((True, False), ("mean", "sum")):
+        if thinned(dtype, 2 * bias, reduction == "sum"):
+            continue
         problem = Problem.random(
             *shape, dtype=dtype, bias=bias, reduction=reduction, options=options
         )
@@ -200,7 +204,7 @@ def test_inference_mode_works():
     assert torch.equal(ours.weight, expected.weight)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_fake_tensors_give_a_loss_without_values(dtype):
     problem = Problem.random(37, 13, 3, dtype=dtype, options={"momentum": 0.9})
     tensors, keywords = arguments_of(problem)

@@ -923,7 +923,7 @@ def weight_of_another_dtype_than_the_bias(world):
     yield
 
 
-@scenario("float32 or float64", comes_back=False)
+@scenario(plans=FUSED_PLANS, comes_back=False)
 def bfloat16_everything(world):
     world.optimizer.state.clear()
     world.model.bfloat16()
@@ -931,7 +931,7 @@ def bfloat16_everything(world):
     yield
 
 
-@scenario("float32 or float64", comes_back=False)
+@scenario("float32, float64, bfloat16 or float16", comes_back=False)
 def complex_everything(world):
     world.optimizer.state.clear()
     for parameter in world.model.parameters():
@@ -1751,7 +1751,7 @@ def test_explain_gives_every_reason_at_once():
     world.optimizer.register_step_pre_hook(world.note("step"))
     world.target.requires_grad_()
     with torch.no_grad(), torch.autocast(DEVICE.type):
-        said = step.explain(world.input.bfloat16(), world.target)
+        said = step.explain(world.input.double(), world.target)
     for reason in (
         "bias is frozen",
         "weight.grad",

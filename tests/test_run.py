@@ -19,6 +19,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from oracle import (
+    DTYPES,
     GEMM,
     ONE_PASS,
     OPTION_SETS,
@@ -35,7 +36,6 @@ from torch import nn
 
 import fused_step
 
-DTYPES = (torch.float32, torch.float64)
 MOMENTUM = {"momentum": 0.9, "dampening": 0.3, "weight_decay": 0.01}
 SHAPES = {"one output": (101, 13, 1), "few outputs": (90, 21, 6), "many outputs": (111, 19, 131)}
 PLANS = {"one output": ONE_PASS, "few outputs": ONE_PASS, "many outputs": GEMM}

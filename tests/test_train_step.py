@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from oracle import (
     ANY_PLAN,
+    DTYPES,
     FUSED_PLANS,
     GEMM,
     ONE_PASS,
@@ -28,6 +29,7 @@ from oracle import (
     plain_step,
     same_bits,
     scales,
+    thinned,
     train_fused,
     train_plain,
 )
@@ -35,7 +37,6 @@ from torch import nn
 
 import fused_step
 
-DTYPES = (torch.float32, torch.float64)
 # Every size around vectors of 4, 8 and 16 elements: 0 … 2 · 16 + 1.
 VECTOR_SIZES = range(2 * 16 + 2)
 ONE_PASS_OUTPUTS = tuple(range(1, 9))
@@ -59,6 +60,8 @@ def test_step_equals_plain_loop_at_every_size_around_vector_widths(B, dtype):
     options = itertools.cycle(OPTION_SETS)
     plans = ANY_PLAN if B == 0 else FUSED_PLANS if B < 32 else ONE_PASS
     for I in VECTOR_SIZES:
+        if thinned(dtype, B, I):
+            continue
         problem = Problem.random(
             B,
             I,
@@ -78,6 +81,8 @@ def test_step_equals_plain_loop_at_every_number_of_outputs(O, dtype):
     plans = ONE_PASS if O <= 8 else GEMM if O >= 128 else FUSED_PLANS
     for B, I in itertools.product((32, 33, 67), (1, 4, 13, 16, 17, 33)):
         for reduction, bias in itertools.product(("mean", "sum"), (True, False)):
+            if thinned(dtype, B, I, bias, reduction == "sum"):
+                continue
             problem = Problem.random(
                 B, I, O, dtype=dtype, bias=bias, reduction=reduction, options=next(options)
             )
@@ -129,6 +134,8 @@ def test_constant_data_trains_like_plain_loop(O):
 @each_plan
 def test_every_option_set_equals_plain_loop_over_five_steps(shape, options, dtype):
     for reduction, bias in itertools.product(("mean", "sum"), (True, False)):
+        if thinned(dtype, 2 * bias, reduction == "sum"):
+            continue
         problem = Problem.random(
             *SHAPES[shape], dtype=dtype, bias=bias, reduction=reduction, options=options
         )
@@ -638,7 +645,7 @@ def test_first_columns_and_rows_of_one_tensor_as_input_and_target(O):
     assert torch.equal(table, kept)
 
 
-GUARD = -7.25e5
+GUARD = 24576.0  # which every dtype holds
 
 
 def guarded(a: torch.Tensor, offset: int) -> tuple[torch.Tensor, torch.Tensor]:

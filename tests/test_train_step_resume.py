@@ -11,6 +11,7 @@ import itertools
 import pytest
 import torch
 from oracle import (
+    DTYPES,
     GEMM,
     ONE_PASS,
     OPTION_SETS,
@@ -75,7 +76,7 @@ def reload_by_deepcopy(saved):
 )
 @pytest.mark.parametrize("shape", SHAPES)
 def test_resumed_training_continues_as_if_never_saved(shape, before, after, reload):
-    for options, dtype in itertools.product(OPTION_SETS, (torch.float32, torch.float64)):
+    for options, dtype in itertools.product(OPTION_SETS, DTYPES):
         problem = Problem.random(*SHAPES[shape], dtype=dtype, options=options)
         model, loss_function, optimizer = problem.build()
         train(problem, model, loss_function, optimizer, fused=before == "fused")

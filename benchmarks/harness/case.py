@@ -148,4 +148,6 @@ class Data:
         """x and target in memory of torch's own allocator, hence with its alignment."""
         import torch
 
-        return torch.from_numpy(self.x).clone(), torch.from_numpy(self.target).clone()
+        dtype = getattr(torch, self.case.dtype)
+        x, target = torch.from_numpy(self.x), torch.from_numpy(self.target)
+        return x.to(dtype, copy=True), target.to(dtype, copy=True)

@@ -50,6 +50,11 @@ class Floor(InProcess):
 
     role = "floor"
 
+    def prepare(self, data: Data) -> None:
+        if data.case.dtype != "float32":
+            raise Unavailable("the floors are measured in float32")
+        super().prepare(data)
+
     def extension(self) -> ModuleType:
         extension = _extension()
         if isinstance(extension, str):

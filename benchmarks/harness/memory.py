@@ -46,6 +46,8 @@ _PR_SET_THP_DISABLE = 41
 
 def measure(case: Case, threads: int, of: str = "step") -> dict:
     """Runs the child for `case`; {"error": reason} if it cannot measure."""
+    if case.dtype != "float32":
+        return {"error": "memory is measured in float32"}
     arguments = [str(n) for n in (case.batch, case.inputs, case.outputs, threads, of)]
     done = subprocess.run(
         [sys.executable, "-m", "harness.memory", *arguments],

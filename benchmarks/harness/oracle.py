@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
 """Correctness before speed: every contestant is held against the plain loop in float64.
 
-The rule for fused_step: error <= 2 * error(eager float32) + eps * scale, where both errors are
-against float64, eps is float32's, and scale is the sum of the magnitudes that the value was made
-of. Losses, weight and bias are judged each by itself.
+The rule for fused_step: error <= 2 * error(eager) + eps * scale, where both errors are against
+float64, eager has the case's dtype, eps is that dtype's, and scale is the sum of the magnitudes
+that the value was made of. Losses, weight and bias are judged each by itself.
 
 For the others eps * scale is multiplied by sqrt(B + I), the random walk of a sum that is rounded
 after every term: some library's matrix-vector products are made so (4096x1024x1 by hand: 1.6 times
@@ -23,7 +23,6 @@ from harness.contestant import Trajectory
 from harness.torch_steps import linear_parameters, make_linear
 
 STEPS = 4
-_EPS = float(np.finfo(np.float32).eps)
 _PARTS = ("losses", "weight", "bias")
 
 
@@ -111,10 +110,11 @@ class Oracle:
         self._exact = _plain_loop(x.double(), target.double(), data, scale)
         self._eager = _error(_plain_loop(x, target, data), self._exact)
         self._scale = scale
+        self._eps = torch.finfo(x.dtype).eps
         self._walk = math.sqrt(data.case.batch + data.case.inputs)
 
     def check(self, trajectory: Trajectory, ours: bool) -> Check:
         """Judges a trajectory of STEPS steps; `ours` by the strict rule."""
-        factor = _EPS if ours else _EPS * self._walk
+        factor = self._eps if ours else self._eps * self._walk
         allowed = {part: 2.0 * self._eager[part] + factor * self._scale[part] for part in _PARTS}
         return Check(_error(trajectory, self._exact), allowed)

@@ -13,17 +13,22 @@ from harness.case import Case, Data
 from harness.contestant import InProcess
 
 
-def make_linear(data: Data, dtype: torch.dtype = torch.float32) -> torch.nn.Linear:
-    """nn.Linear with the case's initial weights."""
-    model = torch.nn.Linear(data.case.inputs, data.case.outputs, dtype=dtype)
+def make_linear(data: Data, dtype: torch.dtype | None = None) -> torch.nn.Linear:
+    """nn.Linear with the case's initial weights, in the case's dtype or another that holds them."""
+    of_case = getattr(torch, data.case.dtype)
+    model = torch.nn.Linear(data.case.inputs, data.case.outputs, dtype=dtype or of_case)
     with torch.no_grad():
-        model.weight.copy_(torch.from_numpy(data.weight))
-        model.bias.copy_(torch.from_numpy(data.bias))
+        model.weight.copy_(torch.from_numpy(data.weight).to(of_case))
+        model.bias.copy_(torch.from_numpy(data.bias).to(of_case))
     return model
 
 
 def linear_parameters(model: torch.nn.Linear) -> tuple[np.ndarray, np.ndarray]:
-    return model.weight.detach().numpy().copy(), model.bias.detach().numpy().copy()
+    def as_array(t: torch.Tensor) -> np.ndarray:
+        t = t.detach()
+        return (t.float() if t.element_size() == 2 else t).numpy().copy()
+
+    return as_array(model.weight), as_array(model.bias)
 
 
 class Eager(InProcess):
