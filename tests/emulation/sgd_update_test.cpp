@@ -59,10 +59,7 @@ void test_sizes(uint64_t seed) {
 }  // namespace
 
 TEST(sgd_update_handles_every_small_size_alignment_and_set_of_options) {
-  test_sizes<float>(1000000);
-  test_sizes<double>(2000000);
-  test_sizes<BFloat16>(3000000);
-  test_sizes<Float16>(4000000);
+  FOR_EACH_PARAM(test_sizes, 1000000);
 }
 
 // More elements than the largest grid has threads: each has a second turn, some of them.
