@@ -16,13 +16,13 @@ BIN := $(VENV)/bin
 CSRC := $(shell find csrc -type f)
 CPP_FORMATTED := $(shell find csrc tests benchmarks -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help demo test lint format sanitize bench bench-quick bench-check build cuda-build clean
+.PHONY: help demo test lint format sanitize emulate cuda-kernels bench bench-quick bench-check build cuda-build clean
 .DELETE_ON_ERROR:
 # pip runs one at a time in one environment.
 .NOTPARALLEL:
 
 help:  ## list the targets
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 15
 
 demo: $(VENV)/.demo build  ## train a linear model on real data, plain and fused
 	$(BIN)/python examples/diabetes.py
@@ -42,6 +42,13 @@ format: $(VENV)/.lint  ## bring all sources into that style
 
 sanitize:  ## run the torch-free C++ tests under ASan and UBSan
 	@$(MAKE) --no-print-directory -f tests/cpp/Makefile -j$(or $(MAX_JOBS),2)
+
+emulate:  ## run the CUDA kernels on the processor, under sanitizers, and plant mistakes
+	@$(MAKE) --no-print-directory -f tests/emulation/Makefile -j$(or $(MAX_JOBS),2)
+
+cuda-kernels:  ## compile the CUDA kernels for every architecture, if nvcc is there
+	@command -v nvcc > /dev/null || { echo "cuda-kernels: NOT RUN, there is no nvcc here"; exit 0; }; \
+		$(MAKE) --no-print-directory -f tests/cuda/Makefile -j$(or $(MAX_JOBS),2)
 
 bench: $(VENV)/.bench build  ## measure all that this machine can run (BENCH_ARGS="cpu --rounds 5": a part)
 	$(BIN)/python benchmarks/run.py $(BENCH_ARGS)
