@@ -14,7 +14,7 @@ BIN := $(VENV)/bin
 CSRC := $(shell find csrc -type f)
 CPP_FORMATTED := $(shell find csrc tests benchmarks -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help demo test lint format sanitize bench bench-check build cuda-build clean
+.PHONY: help demo test lint format sanitize emulate cuda-kernels bench bench-check build cuda-build clean
 .DELETE_ON_ERROR:
 # pip runs one at a time in one environment.
 .NOTPARALLEL:
@@ -40,6 +40,13 @@ format: $(VENV)/.lint  ## bring all sources into that style
 
 sanitize:  ## run the torch-free C++ tests under ASan and UBSan
 	@$(MAKE) --no-print-directory -f tests/cpp/Makefile -j$(or $(MAX_JOBS),2)
+
+emulate:  ## run the CUDA kernels on the processor, under sanitizers, and plant mistakes
+	@$(MAKE) --no-print-directory -f tests/emulation/Makefile -j$(or $(MAX_JOBS),2)
+
+cuda-kernels:  ## compile the CUDA kernels for every architecture, if nvcc is there
+	@command -v nvcc > /dev/null || { echo "cuda-kernels: NOT RUN, there is no nvcc here"; exit 0; }; \
+		$(MAKE) --no-print-directory -f tests/cuda/Makefile -j$(or $(MAX_JOBS),2)
 
 bench: $(VENV)/.bench build  ## measure (BENCH_ARGS="..." goes to the script)
 	$(BIN)/python benchmarks/bench_cpu.py $(BENCH_ARGS)

@@ -15,6 +15,7 @@
 #include "check.h"
 #include "core/float16.h"
 #include "cuda/launch.h"
+#include "cuda/pairs.h"
 #include "cuda/policy.h"
 #include "memory.h"
 
@@ -339,12 +340,17 @@ inline bool takes(uint64_t k) { return hash(k, 31) % share.of == share.part; }
 
 }  // namespace fused_step::test
 
-#define FOR_EACH_PAIR(f, ...)           \
-  do {                                  \
-    f<float, float>(__VA_ARGS__);       \
-    f<double, double>(__VA_ARGS__);     \
-    f<BFloat16, BFloat16>(__VA_ARGS__); \
-    f<Float16, Float16>(__VA_ARGS__);   \
-    f<BFloat16, float>(__VA_ARGS__);    \
-    f<Float16, float>(__VA_ARGS__);     \
+// f<X, P>(arguments) for every pair that the kernels are built for.
+#define FOR_EACH_PAIR(f, ...)                                                                \
+  do {                                                                                       \
+    const auto for_pair = [&](auto x, auto p) { f<decltype(x), decltype(p)>(__VA_ARGS__); }; \
+    FUSED_STEP_FOR_EACH_PAIR(CALL_FOR_PAIR)                                                  \
   } while (false)
+#define CALL_FOR_PAIR(X, P) for_pair(X{}, P{});
+// Likewise for every type of parameters.
+#define FOR_EACH_PARAM(f, ...)                                           \
+  do {                                                                   \
+    const auto for_param = [&](auto p) { f<decltype(p)>(__VA_ARGS__); }; \
+    FUSED_STEP_FOR_EACH_PARAM(CALL_FOR_PARAM)                            \
+  } while (false)
+#define CALL_FOR_PARAM(P) for_param(P{});

@@ -288,6 +288,7 @@ void run_block(Block& b) {
 }
 
 void make_and_run_block(Grid& grid, unsigned number) {
+  [[maybe_unused]] const Unwatched unwatched;
   Block b;
   b.grid = &grid;
   b.index = {number % grid.size.x, number / grid.size.x % grid.size.y,

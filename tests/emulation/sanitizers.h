@@ -16,6 +16,10 @@ void __tsan_destroy_fiber(void* fiber);
 void __tsan_switch_to_fiber(void* fiber, unsigned flags);
 void __tsan_acquire(void* address);
 void __tsan_release(void* address);
+void AnnotateIgnoreReadsBegin(const char* file, int line);
+void AnnotateIgnoreReadsEnd(const char* file, int line);
+void AnnotateIgnoreWritesBegin(const char* file, int line);
+void AnnotateIgnoreWritesEnd(const char* file, int line);
 }
 #endif
 
@@ -25,6 +29,17 @@ namespace emulation {
 constexpr bool kTsan = true;
 inline void acquire(const void* p) { __tsan_acquire(const_cast<void*>(p)); }
 inline void release(const void* p) { __tsan_release(const_cast<void*>(p)); }
+// The scheduler frees what unordered fibers used.
+struct Unwatched {
+  Unwatched() {
+    AnnotateIgnoreReadsBegin("", 0);
+    AnnotateIgnoreWritesBegin("", 0);
+  }
+  ~Unwatched() {
+    AnnotateIgnoreWritesEnd("", 0);
+    AnnotateIgnoreReadsEnd("", 0);
+  }
+};
 inline void* current_fiber() { return __tsan_get_current_fiber(); }
 inline void* create_fiber() { return __tsan_create_fiber(0); }
 inline void destroy_fiber(void* fiber) { __tsan_destroy_fiber(fiber); }
@@ -34,6 +49,7 @@ inline void switch_fiber(void* fiber) { __tsan_switch_to_fiber(fiber, 1); }
 constexpr bool kTsan = false;
 inline void acquire(const void*) {}
 inline void release(const void*) {}
+struct Unwatched {};
 inline void* current_fiber() { return nullptr; }
 inline void* create_fiber() { return nullptr; }
 inline void destroy_fiber(void*) {}
