@@ -103,7 +103,9 @@ class Build:
         """None if the mistake is found as it should be, else what happened."""
         patched = self.folder / f"bug{number}"
         shutil.rmtree(patched, ignore_errors=True)
-        shutil.copytree(CUDA, patched / "cuda", ignore=shutil.ignore_patterns("device.h", "pairs.h"))
+        shutil.copytree(
+            CUDA, patched / "cuda", ignore=shutil.ignore_patterns("device.h", "pairs.h")
+        )
         target = patched / "cuda" / bug["file"]
         text = target.read_text()
         if text.count(bug["old"]) != 1:
@@ -132,12 +134,16 @@ def main() -> int:
     table = tomllib.loads((HERE / "planted.toml").read_text())["bug"]
     bugs = [bug for bug in table if wanted in bug["name"]]
     with ThreadPoolExecutor(JOBS) as compiling, ThreadPoolExecutor(JOBS) as trying:
-        builds = {name: Build(folder, name, compiling) for name in sorted({b["build"] for b in bugs})}
+        builds = {
+            name: Build(folder, name, compiling) for name in sorted({b["build"] for b in bugs})
+        }
         for name, build in builds.items():
             if not build.passes_without_mistake():
                 print(f"FAILED {name}: not right even without a planted mistake")
                 return 1
-        outcomes = trying.map(lambda k: builds[bugs[k]["build"]].try_bug(bugs[k], k), range(len(bugs)))
+        outcomes = trying.map(
+            lambda k: builds[bugs[k]["build"]].try_bug(bugs[k], k), range(len(bugs))
+        )
         missed = 0
         for bug, outcome in zip(bugs, outcomes, strict=True):
             missed += outcome is not None
