@@ -68,6 +68,19 @@ class Case:
         return f"{self.batch}×{self.inputs}→{self.outputs}"
 
     @property
+    def sizes(self) -> dict[str, int]:
+        """What the result file says of the case's size."""
+        return {"batch": self.batch, "inputs": self.inputs, "outputs": self.outputs}
+
+    def make_data(self, seed: int) -> Data:
+        return Data(self, seed)
+
+    def make_oracle(self, data: Data) -> Any:
+        from harness.oracle import Oracle  # imports torch
+
+        return Oracle(data)
+
+    @property
     def parsed_targets(self) -> list[Target]:
         return [Target.parse(text) for text in self.targets]
 

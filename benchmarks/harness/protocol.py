@@ -161,8 +161,8 @@ def _running(measured: Measured) -> list[Entry]:
 
 def _measure(measured: Measured, protocol: Protocol, say: Callable[[str, int, int], None]) -> None:
     say("data and float64 reference", 0, protocol.rounds)
-    data = Data(measured.case, protocol.seed)
-    oracle = Oracle(data)
+    data = measured.case.make_data(protocol.seed)
+    oracle = measured.case.make_oracle(data)
     for entry in measured.entries:
         say(f"check: {entry.contestant.label}", 0, protocol.rounds)
         _prepare_and_check(entry, data, oracle)

@@ -111,7 +111,7 @@ def _target_lines(result: dict) -> list[str]:
     if not rows:
         return []
     lines = ["", "## Targets", "", "Measured: median of the per-round ratios (p20–p80).", ""]
-    return lines + _table(["B×I→O", "target", "measured", "reached"], rows)
+    return lines + _table(["case", "target", "measured", "reached"], rows)
 
 
 def _memory_lines(result: dict) -> list[str]:
