@@ -31,9 +31,7 @@ CASES = (
         targets=(*_at_least(0.97, "fused"), *_at_least(1.5, "forloop", "foreach")),
         note="161 tensors; the triad moves 3 values an element, a step with momentum 5.",
     ),
-    OptimCase(
-        "1000x64", "1000 tensors of 64", ((64,),) * 1000, targets=_at_least(40, *TORCHS)
-    ),
+    OptimCase("1000x64", "1000 tensors of 64", ((64,),) * 1000, targets=_at_least(40, *TORCHS)),
     OptimCase(
         "64M",
         "one tensor of 64 M",

@@ -154,11 +154,7 @@ class SGD(torch.optim.SGD):
             # A subclass may have its own zero_grad or _init_group.
             if closure is None and type(self) is SGD:
                 after = (
-                    _KEEP_GRAD
-                    if not zero_grad
-                    else _GRAD_TO_NONE
-                    if set_to_none
-                    else _GRAD_TO_ZERO
+                    _KEEP_GRAD if not zero_grad else _GRAD_TO_NONE if set_to_none else _GRAD_TO_ZERO
                 )
                 if self._engine_step(self, after):
                     return None

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What stands around an optimizer: hooks, profiler, schedulers, subclasses, threads, torch.compile."""
+"""What stands around an optimizer: hooks, profiler, schedulers, threads, torch.compile."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ def test_step_hooks_run_in_torchs_order_with_torchs_arguments():
         log = seen[make] = []
 
         def note(name, log=log, weight=weight, mine=optimizer):
-            def hook(optimizer, args, kwargs):
-                assert optimizer is mine
+            def hook(given, args, kwargs):
+                assert given is mine
                 assert args[0] is mine
                 log.append((name, len(args), dict(kwargs), weight.tolist()))
 

@@ -96,10 +96,12 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       .def("explain", &LinearStep::explain, py::arg("input"), py::arg("target"))
       .def_property_readonly("plan", &LinearStep::plan);
 
-  py::class_<SgdStep>(m, "SgdStep", py::module_local(), "The update of fused_step.SGD; see optim.py.")
+  py::class_<SgdStep>(m, "SgdStep", py::module_local(),
+                      "The update of fused_step.SGD; see optim.py.")
       .def(py::init<>())
       .def_property_readonly("step", &fused_step::sgd_step_function)
       .def(
-          "update", [](SgdStep& step, py::handle optimizer) { return step.update(optimizer.ptr()); },
+          "update",
+          [](SgdStep& step, py::handle optimizer) { return step.update(optimizer.ptr()); },
           py::arg("optimizer"));
 }

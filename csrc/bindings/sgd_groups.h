@@ -28,8 +28,8 @@ struct SgdReading {
   bool may_be_kept = true;         // false: a value in it may change unseen (a tensor lr)
 };
 
-// A param group's options. False: one of them is not fused. `may_be_kept` becomes false where one may
-// change while the group stays as it is (a tensor lr).
+// A param group's options. False: one of them is not fused. `may_be_kept` becomes false where one
+// may change while the group stays as it is (a tensor lr).
 bool read_sgd_options(PyObject* group, SgdOptions& options, bool& may_be_kept);
 
 class SgdReader {

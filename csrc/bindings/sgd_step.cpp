@@ -39,8 +39,8 @@ bool has_hooks_or_profiler(PyObject* dict) {
          !is_empty_dict(get_item(dict, o.names.step_post_hooks)) || at::hasCallbacks();
 }
 
-// The first element of a dense tensor, whose elements fill a range of memory without gaps. False for
-// any other.
+// The first element of a dense tensor, whose elements fill a range of memory without gaps. False
+// for any other.
 bool dense_memory(const at::Tensor& t, bool writes, void*& data) {
   if (!has_plain_keys(t) || !t.is_non_overlapping_and_dense()) return false;
   const c10::Storage& storage = t.unsafeGetTensorImpl()->unsafe_storage();
@@ -50,8 +50,8 @@ bool dense_memory(const at::Tensor& t, bool writes, void*& data) {
   if (!storage || static_cast<int64_t>(storage.nbytes()) < begin + t.numel() * bytes_each) {
     return false;
   }
-  char* const first = static_cast<char*>(writes ? storage.mutable_data()
-                                                : const_cast<void*>(storage.data()));
+  char* const first =
+      static_cast<char*>(writes ? storage.mutable_data() : const_cast<void*>(storage.data()));
   data = first + begin;
   return true;
 }
@@ -273,7 +273,8 @@ bool SgdStep::read_scaling(PyObject* dict, Scaling& scaling) {
   }
   scaling.skips = found_inf != 0.0;
   // As GradScaler.unscale_ does: the reciprocal in double, kept as a float.
-  if (grad_scale != 1.0) scaling.unscale = static_cast<double>(static_cast<float>(1.0 / grad_scale));
+  if (grad_scale != 1.0)
+    scaling.unscale = static_cast<double>(static_cast<float>(1.0 / grad_scale));
   PyObject* const max_norm = get_item(dict, n.max_grad_norm);
   if (max_norm == nullptr || max_norm == Py_None) return true;
   if (!PyLong_Check(max_norm) && !PyFloat_Check(max_norm)) return false;
@@ -423,8 +424,8 @@ void SgdStep::leave_optimizer(PyObject* dict, const std::vector<at::Tensor>& new
   }
   if (!norm.has_value()) return;
   const bool is_double = !items_.empty() && items_[0].storage == SgdStorage::kDouble;
-  const at::Tensor value = at::scalar_tensor(
-      *norm, at::TensorOptions().dtype(is_double ? at::kDouble : at::kFloat));
+  const at::Tensor value =
+      at::scalar_tensor(*norm, at::TensorOptions().dtype(is_double ? at::kDouble : at::kFloat));
   const py::object wrapped = py::reinterpret_steal<py::object>(THPVariable_Wrap(value));
   if (PyDict_SetItem(dict, python_objects().names.grad_norm, wrapped.ptr()) != 0) {
     throw py::error_already_set();

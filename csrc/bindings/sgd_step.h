@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
-// Door 3 on the CPU: finds out at each step which parameters the fused loops may update, and updates
-// them; the rest is left to torch's own loop.
+// Door 3 on the CPU: finds out at each step which parameters the fused loops may update, and
+// updates them; the rest is left to torch's own loop.
 #pragma once
 
 #include <ATen/core/Tensor.h>
