@@ -272,6 +272,21 @@ def test_torch_compile_of_a_training_step(whole, momentum):
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_hooks_run_in_a_compiled_step():
+    torch._dynamo.reset()
+    weight = one_parameter()
+    optimizer = fused_step.SGD([weight], lr=0.5)
+    seen = []
+    optimizer.register_step_pre_hook(lambda *_: seen.append("pre"))
+    optimizer.register_step_post_hook(lambda *_: seen.append("post"))
+    step = torch.compile(lambda: optimizer.step(), backend="eager")
+    step()
+    step()
+    assert seen == ["pre", "post"] * 2
+    assert torch.equal(weight, torch.zeros(3))
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_dtensor_parameters(tmp_path):
     from torch import distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
