@@ -104,9 +104,7 @@ class Twins:
         """Parameters and momentum buffers are those of the for-loop."""
         for k, (a, b, c) in enumerate(zip(self.ours, self.same_dtype, self.exact, strict=True)):
             self._check(f"{what} param {k}", a.detach(), b.detach(), c.detach(), self.scales[k])
-            bufs = [
-                momentum_of(o, p) for o, p in zip(self.optimizers(), (a, b, c), strict=True)
-            ]
+            bufs = [momentum_of(o, p) for o, p in zip(self.optimizers(), (a, b, c), strict=True)]
             assert (bufs[0] is None) == (bufs[1] is None), f"{what} param {k}: {bufs}"
             if bufs[0] is not None:
                 scale = float(bufs[2].abs().max()) if a.numel() else 0.0

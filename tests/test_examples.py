@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import diabetes
 import mlp_head
+import plain_loop
 import pytest
 import torch
 
@@ -78,3 +79,11 @@ def test_fused_head_trains_as_the_plain_network():
     rounding = 64 * 30 * torch.finfo(torch.float32).eps
     assert ((fused.losses - plain.losses) / plain.losses).abs().max() <= rounding
     assert abs(fused.r2 - plain.r2) <= rounding
+
+
+def test_plain_loop_has_the_same_losses_under_either_optimizer():
+    theirs, ours = plain_loop.main(["--epochs", "5"])
+    assert len(theirs.losses) == 5 * 6  # 354 rows in batches of 64
+    assert theirs.losses[-6:].mean() < theirs.losses[:6].mean()
+    assert torch.equal(ours.losses, theirs.losses)
+    assert ours.r2 == theirs.r2

@@ -337,8 +337,17 @@ def test_an_update_under_vmap_is_torchs():
         weight = w.clone()
         weight.grad = None
         sgd = torch.optim.sgd.sgd
-        sgd([weight], [g], [None], lr=0.5, momentum=0.0, dampening=0.0, weight_decay=0.0,
-            nesterov=False, maximize=False)
+        sgd(
+            [weight],
+            [g],
+            [None],
+            lr=0.5,
+            momentum=0.0,
+            dampening=0.0,
+            weight_decay=0.0,
+            nesterov=False,
+            maximize=False,
+        )
         return weight
 
     weight = Parameter(torch.ones(3))

@@ -20,7 +20,6 @@ def make_scaler(scale: float) -> torch.amp.GradScaler:
     return scaler
 
 
-
 @pytest.mark.parametrize("scale", (1.0, 4.0, 3.0))
 @pytest.mark.parametrize("dtype", EXACT_DTYPES, ids=str)
 def test_a_scaled_step_has_the_plain_ones_bits(dtype, scale):
@@ -182,12 +181,8 @@ def test_max_grad_norm_clips_as_clip_grad_norm(dtype, max_norm):
             norms.append(torch.nn.utils.clip_grad_norm_(params, max_norm))
             optimizer.step()
         ours = twins.optimizer.grad_norm
-        assert_within_rule(
-            "norm", ours, norms[0].to(ours.dtype), norms[1], float(norms[1])
-        )
-    for k, (a, b, c) in enumerate(
-        zip(twins.ours, twins.same_dtype, twins.exact, strict=True)
-    ):
+        assert_within_rule("norm", ours, norms[0].to(ours.dtype), norms[1], float(norms[1]))
+    for k, (a, b, c) in enumerate(zip(twins.ours, twins.same_dtype, twins.exact, strict=True)):
         # The norm is rounded otherwise than torch's: not the same bits, but within the rule.
         scale = twins.scales[k] + 3 * 3 * 0.1 * float(c.grad.abs().max() if c.numel() else 0.0)
         assert_within_rule(f"param {k}", a.detach(), b.detach(), c.detach(), scale)

@@ -22,7 +22,8 @@ SHAPES = (5, 33, (2, 3))
 
 def train(params, optimizer, seeds) -> None:
     for seed in seeds:
-        for p, g in zip(params, random_params(*SHAPES, dtype=params[0].dtype, seed=seed)):
+        grads = random_params(*SHAPES, dtype=params[0].dtype, seed=seed)
+        for p, g in zip(params, grads, strict=True):
             p.grad = g.reshape(p.shape)
         optimizer.step()
 
@@ -189,7 +190,10 @@ def test_copies_train_on(copied, dtype):
 
 
 def test_repr_is_torchs():
-    ours, theirs = fused_step.SGD([torch.ones(3)], **MOMENTUM), torch.optim.SGD([torch.ones(3)], **MOMENTUM)
+    ours, theirs = (
+        fused_step.SGD([torch.ones(3)], **MOMENTUM),
+        torch.optim.SGD([torch.ones(3)], **MOMENTUM),
+    )
     assert repr(ours).replace("    momentum_dtype: None\n", "") == repr(theirs)
 
 
@@ -231,7 +235,9 @@ def test_bad_options_are_torchs_errors(options):
     assert errors[0] == errors[1]
 
 
-@pytest.mark.parametrize("params", ([], torch.ones(3), [1.0], [{"params": {torch.ones(1)}}]), ids=str)
+@pytest.mark.parametrize(
+    "params", ([], torch.ones(3), [1.0], [{"params": {torch.ones(1)}}]), ids=str
+)
 def test_bad_parameters_are_torchs_errors(params):
     errors = []
     for make in (fused_step.SGD, torch.optim.SGD):

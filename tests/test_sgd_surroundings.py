@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What stands around an optimizer: hooks, profiler, schedulers, subclasses, threads, torch.compile."""
+"""What stands around an optimizer: hooks, profiler, schedulers, threads, torch.compile."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ def test_step_hooks_run_in_torchs_order_with_torchs_arguments():
         log = seen[make] = []
 
         def note(name, log=log, weight=weight, mine=optimizer):
-            def hook(optimizer, args, kwargs):
-                assert optimizer is mine
+            def hook(given, args, kwargs):
+                assert given is mine
                 assert args[0] is mine
                 log.append((name, len(args), dict(kwargs), weight.tolist()))
 
@@ -269,6 +269,21 @@ def test_torch_compile_of_a_training_step(whole, momentum):
             assert all(momentum_of(optimizer, p) is not None for p in model.parameters())
     for a, b in zip(*trained, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_hooks_run_in_a_compiled_step():
+    torch._dynamo.reset()
+    weight = one_parameter()
+    optimizer = fused_step.SGD([weight], lr=0.5)
+    seen = []
+    optimizer.register_step_pre_hook(lambda *_: seen.append("pre"))
+    optimizer.register_step_post_hook(lambda *_: seen.append("post"))
+    step = torch.compile(lambda: optimizer.step(), backend="eager")
+    step()
+    step()
+    assert seen == ["pre", "post"] * 2
+    assert torch.equal(weight, torch.zeros(3))
 
 
 @pytest.mark.filterwarnings("ignore")

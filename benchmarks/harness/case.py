@@ -89,6 +89,11 @@ class Case:
         return Oracle(data)
 
     @property
+    def sizes(self) -> dict[str, int]:
+        """What the result file says of the case's size."""
+        return {"batch": self.batch, "inputs": self.inputs, "outputs": self.outputs}
+
+    @property
     def parsed_targets(self) -> list[Target]:
         return [Target.parse(text) for text in self.targets]
 

@@ -121,7 +121,7 @@ def _case_table(case: dict, subject: str) -> Table:
 
 def _target_table(cases: Sequence[dict]) -> Table:
     table = Table(title="Targets", title_justify="left")
-    for column in ("B×I→O", "target", "measured (p20–p80)", "reached"):
+    for column in ("case", "target", "measured (p20–p80)", "reached"):
         table.add_column(column)
     for case in cases:
         labels = {c["key"]: c["label"] for c in case["contestants"]}
@@ -157,7 +157,7 @@ def run(
     make_contestants: MakeContestants,
     subject: str,
     again: str,
-    measure_memory: MeasureMemory = memory.measure,
+    measure_memory: MeasureMemory | None = memory.measure,
     full: Protocol | None = None,
 ) -> None:
     """Parses the command line, measures, prints, and writes KIND.json, KIND.md and KIND.png.
@@ -169,7 +169,7 @@ def run(
         make_contestants: from a number of threads to the contestants of one case, floors included.
         subject: key of the contestant that the others are compared with.
         again: key of its second entry, for the A/A noise.
-        measure_memory: from a case and a number of threads to its memory.
+        measure_memory: from a case and a number of threads to its memory; None: not measured.
         full: the protocol of a run that is not quick.
     """
     arguments = _parse(description, cases)
@@ -208,7 +208,7 @@ def run(
             measured = measure(case, contestants, protocol, say)
             interrupted = measured.interrupted
             used = None
-            if not (interrupted or arguments.no_memory):
+            if not (interrupted or arguments.no_memory or measure_memory is None):
                 say("memory", measured.rounds, measured.rounds)
                 try:
                     used = measure_memory(case, threads)

@@ -17,7 +17,7 @@ from harness.remote import BENCHMARKS
 
 
 @functools.cache
-def _extension() -> ModuleType | str:
+def load_extension() -> ModuleType | str:
     """floors.cpp, built once into build/; or the reason why it cannot be had."""
     try:
         from torch.utils import cpp_extension
@@ -39,7 +39,7 @@ def _extension() -> ModuleType | str:
 
 def build() -> str:
     """Builds floors.cpp ahead of the first case; returns a line for the console."""
-    extension = _extension()
+    extension = load_extension()
     if isinstance(extension, str):
         return extension
     return f"parallel width of the read floor: {extension.parallel_width()}"
@@ -56,7 +56,7 @@ class Floor(InProcess):
         super().prepare(data)
 
     def extension(self) -> ModuleType:
-        extension = _extension()
+        extension = load_extension()
         if isinstance(extension, str):
             raise Unavailable(extension)
         return extension

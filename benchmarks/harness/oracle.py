@@ -36,17 +36,17 @@ class Check:
     @property
     def passed(self) -> bool:
         # Written so that a NaN error fails.
-        return all(self.error[part] <= self.allowed[part] for part in _PARTS)
+        return all(self.error[part] <= allowed for part, allowed in self.allowed.items())
 
     def as_json(self) -> dict:
         """JSON has no NaN: an error that is not finite becomes null."""
         found = {part: e if math.isfinite(e) else None for part, e in self.error.items()}
-        return {part: {"error": found[part], "allowed": self.allowed[part]} for part in _PARTS}
+        return {part: {"error": found[part], "allowed": self.allowed[part]} for part in found}
 
     def failures(self) -> str:
         return "; ".join(
             f"{part}: error {self.error[part]:.3g}, allowed {self.allowed[part]:.3g}"
-            for part in _PARTS
+            for part in self.allowed
             if not self.error[part] <= self.allowed[part]
         )
 

@@ -124,7 +124,7 @@ def target_lines(result: dict) -> list[str]:
     if not rows:
         return []
     lines = ["", "## Targets", "", "Measured: median of the per-round ratios (p20–p80).", ""]
-    return lines + _table(["B×I→O", "target", "measured", "reached"], rows)
+    return lines + _table(["case", "target", "measured", "reached"], rows)
 
 
 _CPU_LIMIT = (

@@ -69,7 +69,8 @@ void sgd_cpu(const std::vector<SgdItem>& items, const std::vector<cpu::SgdRule>&
   };
   int64_t total = 0;
   for (const SgdItem& item : items) total += item.slice.n;
-  if (total <= cpu::kElementwiseGrain || at::get_num_threads() == 1) {
+  // Waking a thread for less than two grains costs what it saves.
+  if (total <= 2 * cpu::kElementwiseGrain || at::get_num_threads() == 1) {
     for (const SgdItem& item : items) update(item, item.slice);
     return;
   }

@@ -22,7 +22,7 @@ int64_t param_bytes(cpu::SgdStorage storage);
 int64_t buf_bytes(cpu::SgdStorage storage);
 
 // Updates every item by its group's rule. The elements of all items are one range, divided among
-// the threads; below 32 k elements there is but the calling one.
+// the threads; up to 64 k elements there is but the calling one.
 void sgd_cpu(const std::vector<SgdItem>& items, const std::vector<cpu::SgdRule>& rules);
 
 // The 2-norm of all gradients, summed in double in a fixed order: the same bits on any number of

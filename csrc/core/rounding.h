@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
-// Where a formula rounds. Compilers make one fused multiply-add, with one rounding, of a product and
-// a sum wherever they find them; to have PyTorch's bits, a formula says where it may not be.
+// Where a formula rounds. Compilers make one fused multiply-add, with one rounding, of a product
+// and a sum wherever they find them; to have PyTorch's bits, a formula says where it may not be.
 #pragma once
 
 #include "core/inline.h"

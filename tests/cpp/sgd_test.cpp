@@ -67,8 +67,7 @@ void test_update(int64_t n, const SgdOptions& o, const Scaling& scaling, uint64_
 
   std::vector<Bounded<A>> want_p, want_grad, want_buf;
   for (int64_t k = 0; k < n; ++k) {
-    const Bounded<A> unscaled =
-        Bounded<A>{widen(start_grad[k]), 0} * Bounded<A>(scaling.unscale);
+    const Bounded<A> unscaled = Bounded<A>{widen(start_grad[k]), 0} * Bounded<A>(scaling.unscale);
     Bounded<A> p{widen(start_p[k]), 0}, buf{widen(start_buf[k]), 0};
     torch_sgd(p, unscaled * Bounded<A>(scaling.clip), buf, o);
     want_p.push_back(stored<T>(p));
@@ -134,8 +133,10 @@ TEST(optimizer_pass_unscales_clips_and_zeroes) {
   uint64_t seed = 22000000;
   const SgdOptions momentum{0.1, 0.9, 0.0, 0.1, true, true, false};
   const SgdOptions bare{0.1, 0.0, 0.0, 0.0, false, false, false};
-  const Scaling scalings[] = {{0.25, 1.0, GradAfter::kUnscaled}, {0.3, 0.7, GradAfter::kUnscaled},
-                              {1.0, 0.7, GradAfter::kKept},      {1.0, 1.0, GradAfter::kZero},
+  const Scaling scalings[] = {{0.25, 1.0, GradAfter::kUnscaled},
+                              {0.3, 0.7, GradAfter::kUnscaled},
+                              {1.0, 0.7, GradAfter::kKept},
+                              {1.0, 1.0, GradAfter::kZero},
                               {0.3, 0.7, GradAfter::kZero}};
   for_each_storage([&](auto type, auto buf) {
     for (const SgdOptions& o : {momentum, bare}) {
@@ -190,7 +191,8 @@ TEST(sum_of_squares_takes_every_element_once) {
       }
       for_each_isa([&](const char* isa) {
         describe("%s, %s, n %lld", type_name<T>(), isa, static_cast<long long>(n));
-        const auto sum = sgd_kernels().sum_squares[static_cast<int>(storage<T, decltype(buf_type)>())];
+        const auto sum =
+            sgd_kernels().sum_squares[static_cast<int>(storage<T, decltype(buf_type)>())];
         check_close<double>("sum", 0, sum(x.data(), n), want.total());
         check(x.intact(), "wrote beside the array");
       });
