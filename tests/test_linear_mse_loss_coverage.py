@@ -11,7 +11,6 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 import torch.distributed as dist
 import torch.nn.functional as F
-from device import DEVICE
 from loss_oracle import LossProblem, fused_loss, torch_loss
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
