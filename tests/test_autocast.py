@@ -269,6 +269,15 @@ def test_gradients_whose_unscaled_form_float16_does_not_hold_are_exact(size):
     assert torch.equal(x.grad, torch.full((4, 3), -0.5, dtype=torch.float16))
 
 
+def test_the_factor_of_a_mean_over_a_million_is_not_rounded_to_float16():
+    """2 / (B·O) would be 33 units in float16's last place."""
+    problem = LossProblem.random(250_001, 2, 4, dtype=torch.float16, needs=frozenset({"weight"}))
+    problem = problem.with_layout(grad_output=torch.tensor(1.0, dtype=torch.float16))
+    ours = problem.evaluate(fused_loss)["weight"].double()
+    exact = problem.evaluate(torch_loss, torch.float64)["weight"]
+    assert (ours - exact).abs().max() <= torch.finfo(torch.float16).eps * exact.abs().max()
+
+
 def test_training_with_a_scaler_reaches_the_loss_of_the_plain_head():
     def train(fused: bool) -> float:
         torch.manual_seed(0)
