@@ -388,3 +388,19 @@ def test_options_that_are_tensors_go_to_torch(name):
             optimizer.step()
         trained.append(weight)
     assert torch.equal(*trained)
+
+
+def test_a_state_that_is_emptied_while_there_is_no_momentum():
+    base = torch.ones(10)
+    strided, plain = Parameter(base[::2]), Parameter(torch.ones(7))
+    optimizer = fused_step.SGD([strided, plain], **MOMENTUM)
+    for momentum in (0.9, 0.9, 0.0, 0.0, 0.9):
+        optimizer.param_groups[0]["momentum"] = momentum
+        if momentum == 0.0:
+            optimizer.state.clear()
+        for p in (strided, plain):
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+    # Buffers of 1 and 1.9, two steps without, a new one of 1.
+    assert torch.allclose(plain, torch.full((7,), 1 - 0.1 * (1 + 1.9 + 1 + 1 + 1)))
+    assert torch.equal(strided, plain[:5])

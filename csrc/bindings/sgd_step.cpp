@@ -191,7 +191,10 @@ void SgdStep::read_state(PyObject* state) {
   const bool same = state == state_ && version == state_version_ && version != 0;
   const bool is_empty = PyDict_GET_SIZE(state) == 0;
   for (Slot& slot : slots_) {
-    if (rules_[static_cast<size_t>(slot.group)].options.momentum == 0.0) continue;
+    if (rules_[static_cast<size_t>(slot.group)].options.momentum == 0.0) {
+      slot.entry = slot.buf = nullptr;  // the state may lose them unseen
+      continue;
+    }
     if (!same) {
       slot.entry = is_empty ? nullptr : PyDict_GetItemWithError(state, slot.param);
       if (slot.entry == nullptr && PyErr_Occurred()) throw py::error_already_set();
