@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import importlib.machinery
 import sys
 import types
 from collections.abc import Callable
@@ -17,6 +18,8 @@ class _Anything:
     """Any strategy, and whatever is made of it."""
 
     def __getattr__(self, name: str) -> _Anything:
+        if name.startswith("__"):  # what Python itself asks for is not there
+            raise AttributeError(name)
         return self
 
     def __call__(self, *args: Any, **kwargs: Any) -> _Anything:
@@ -52,6 +55,9 @@ def install() -> None:
     module.given, module.settings = _given, _Settings
     module.assume = module.note = module.example = _Anything()
     strategies = types.ModuleType("hypothesis.strategies")
-    strategies.__getattr__ = lambda name: _Anything()
+    strategies.__getattr__ = _Anything().__getattr__
+    # torch.compile asks where the packages it knows by name come from: from nowhere.
+    for m in (module, strategies):
+        m.__spec__ = importlib.machinery.ModuleSpec(m.__name__, None)
     sys.modules["hypothesis"], sys.modules["hypothesis.strategies"] = module, strategies
     module.strategies = strategies
