@@ -115,13 +115,13 @@ built=$?
 if ((built != 0)); then
     for name in suite memcheck racecheck benchmark; do not_run "$name" "the build failed"; done
 elif [[ -z $gpu ]]; then
-    stage "suite, a part of it, on the CPU" 150 "${pytest[@]}" "--junitxml=$out/suite.xml" \
+    stage "suite, a part of it, on the CPU" 900 "${pytest[@]}" "--junitxml=$out/suite.xml" \
         tests/test_info.py tests/test_op_linear_mse_sgd.py tests/test_train_step_resume.py \
         tests/test_cuda.py
     for name in suite memcheck racecheck; do not_run "$name" "there is no GPU"; done
-    stage "sanitizer's set, on the CPU, without a sanitizer" 60 \
+    stage "sanitizer's set, on the CPU, without a sanitizer" 300 \
         "$python" scripts/sanitizer_set.py --device cpu
-    stage "benchmark, rehearsed on the CPU" 120 "$python" benchmarks/bench_gpu.py --rehearse
+    stage "benchmark, rehearsed on the CPU" 600 "$python" benchmarks/bench_gpu.py --rehearse
     not_run benchmark "there is no GPU"
 else
     stage suite 200 "${pytest[@]}" "--junitxml=$out/suite.xml" --device=cuda \
