@@ -72,7 +72,7 @@ __device__ __forceinline__ RowSet<X, P> chunk_rows(const OnePassArgs<X, P>& a, i
 // lanes * S::kColumns >= I.
 template <typename S>
 __global__ void __launch_bounds__(kRowsThreads,
-                                  rows_blocks(S::kV > 1, S::kOutputs, sizeof(typename S::A)))
+                                  rows_blocks(S::kV > 1, S::kOutputs, sizeof(typename S::X)))
     one_pass_rows_kernel(const __grid_constant__ OnePassArgs<typename S::X, typename S::P> a,
                          const int lanes) {
   constexpr int kWarps = kRowsThreads / kWarp;

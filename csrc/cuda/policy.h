@@ -34,15 +34,15 @@ constexpr int64_t kMaxOnePassOutputs = 8;
 constexpr int output_capacity(int64_t O) { return O <= 1 ? 1 : O <= 2 ? 2 : O <= 4 ? 4 : 8; }
 
 // A team of 1 to 32 lanes per row: 32 registers of dW and 32 of W in each lane, whatever the number
-// of outputs, beside 32 for the rows of x in use and 32 for the next. With one output that fits 168
-// registers, 3 blocks of 4 warps on a multiprocessor; each warp has 4 KiB of x on its way, all of
-// them 48 KiB. More outputs, or elements one by one, take more registers and leave 2 blocks, 32
-// KiB.
+// of outputs, beside 32 for the rows of x in use and 32 for the next. With one output and 16-bit x
+// that fits 168 registers (float spills 20 to 44 bytes there on all but sm_90), 3 blocks of 4 warps
+// on a multiprocessor; each warp has 4 KiB of x on its way, all of them 48 KiB. Float, more
+// outputs, or elements one by one, take more registers and leave 2 blocks, 32 KiB.
 constexpr int kRowsThreads = 128;
 constexpr int kRowsSlots = 8;         // vectors of x on their way, per lane
 constexpr int kRowsScalarSlots = 16;  // elements likewise, where no vector access fits
-constexpr int rows_blocks(bool vectors, int capacity, int64_t accum_bytes) {
-  return vectors && capacity == 1 && accum_bytes == 4 ? 3 : 2;
+constexpr int rows_blocks(bool vectors, int capacity, int64_t x_bytes) {
+  return vectors && capacity == 1 && x_bytes == 2 ? 3 : 2;
 }
 // Products and targets of several rows and outputs are in registers at once.
 constexpr int64_t rows_sums(int64_t accum_bytes) { return 64 / accum_bytes; }
@@ -68,7 +68,7 @@ constexpr int64_t wide_columns(int64_t O, int64_t accum_bytes) {
 
 // A chunk is the work of one block. 8 rounds of the 396 blocks that an H200 holds at once: however
 // many another GPU holds, the last round, which may be partly empty, is one of many.
-constexpr int64_t kMaxChunks = 8 * rows_blocks(true, 1, 4) * 132;
+constexpr int64_t kMaxChunks = 8 * rows_blocks(true, 1, 2) * 132;
 // 32 KiB of float: less is not worth a block and its place in the ordered sum.
 constexpr int64_t kMinChunkElements = 8 * 1024;
 // With 32 rows for each output, partial sums in float are 1/16 of a 16-bit x, and with the sums of
