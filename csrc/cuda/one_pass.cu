@@ -47,7 +47,9 @@ cudaError_t launch_wide(const OnePassArgs<X, P>& a, cudaStream_t stream) {
 
 template <typename X, typename P, bool kVectors, int kOutputs>
 cudaError_t launch_for_outputs(const OnePassArgs<X, P>& a, cudaStream_t stream) {
-  constexpr int kLaneColumns = rows_lane_columns(kOutputs, sizeof(Accum<P>));
+  // Each element that is loaded by itself has an address of its own: half as many of them fit the
+  // registers.
+  constexpr int kLaneColumns = rows_lane_columns(kOutputs, sizeof(Accum<P>)) / (kVectors ? 1 : 2);
   // One vector per lane where a row has no more: lanes that stand idle read nothing.
   constexpr int kFewColumns = vector_columns<X, true>(kLaneColumns);
   if constexpr (kFewColumns < kLaneColumns && kOutputs == 1) {
