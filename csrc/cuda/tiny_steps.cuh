@@ -53,7 +53,7 @@ struct Resident {
 
 // One block. Reads data; reads and, at the end, writes W, bias and their buffers; writes losses.
 template <typename S>
-__global__ void __launch_bounds__(kTinyThreads)
+__global__ void __launch_bounds__(kTinyThreads, 1)
     tiny_steps_kernel(const TinyArgs<typename S::X, typename S::P> a, const int lanes) {
   constexpr int kWarps = kTinyThreads / kWarp;
   using A = typename S::A;
