@@ -360,7 +360,8 @@ bool LinearStep::check_batch(PyObject* input, PyObject* target, Verdict& v, Call
     return false;
   }
   if (!check_overlap(call.state, call.input, call.target, v)) return false;
-  call.target = call.target.to(call.state.weight.scalar_type());
+  const at::ScalarType dtype = call.state.weight.scalar_type();
+  if (call.target.scalar_type() != dtype) call.target = call.target.to(dtype);
   return true;
 }
 
