@@ -65,14 +65,14 @@ build: $(VENV)/.built  ## compile the extension and install fused_step, editable
 cuda-build:  ## build with CUDA (no GPU needed), and run the suite in that build (PYTEST_ARGS)
 	@$(MAKE) --no-print-directory VENV=$(CUDA_VENV) $(CUDA_VENV)/.cuda
 	scripts/copy_tree.sh $(CUDA_TREE)
-	cd $(CUDA_TREE) && FUSED_STEP_CUDA=1 $(abspath $(CUDA_VENV))/bin/python -m pip install --quiet \
+	cd $(CUDA_TREE) && FUSED_STEP_BUILD=require FUSED_STEP_CUDA=1 $(abspath $(CUDA_VENV))/bin/python -m pip install --quiet \
 		--disable-pip-version-check --no-build-isolation --no-deps -e .
 	cd $(CUDA_TREE) && $(abspath $(CUDA_VENV))/bin/python -m fused_step info
 	cd $(CUDA_TREE) && $(abspath $(CUDA_VENV))/bin/python -m pytest $(PYTEST_ARGS)
 
 clean:  ## remove what was built and written, keep $(VENV)
 	rm -rf build dist demo-output .pytest_cache .ruff_cache .hypothesis *.egg-info
-	rm -f fused_step/*.so $(VENV)/.built
+	rm -f fused_step/*.so fused_step/_build_info.json $(VENV)/.built
 	find fused_step tests benchmarks examples -name __pycache__ -prune -exec rm -rf {} +
 
 $(VENV)/.made:
@@ -86,7 +86,8 @@ $(VENV)/.%: requirements/%.txt $(wildcard requirements/*.txt) $(VENV)/.made
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r $<
 	@touch $@
 
-$(VENV)/.built: $(VENV)/.build setup.py pyproject.toml $(CSRC)
+$(VENV)/.built: $(VENV)/.build setup.py pyproject.toml $(CSRC) $(wildcard fused_step/_build/*.py)
 	@command -v c++ > /dev/null || { echo "fused_step needs a C++20 compiler (c++)" >&2; exit 1; }
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .
+	FUSED_STEP_BUILD=require $(BIN)/python -m pip install --quiet --disable-pip-version-check \
+		--no-build-isolation --no-deps -e .
 	@touch $@

@@ -1,34 +1,69 @@
 # SPDX-License-Identifier: MIT
-"""Finds and loads the compiled module; everything else takes ``_C`` from here."""
+"""Loads the compiled module; everything else takes ``_C`` from here.
+
+Environment:
+    FUSED_STEP_BUILD        ``never``: do not compile at import what does not fit or is not there.
+    FUSED_STEP_REQUIRE_EXT  ``1``: an import without the compiled module is an error. Otherwise it
+                            warns, once, and PyTorch's own operators do the work.
+    FUSED_STEP_CACHE        where modules compiled at import are kept.
+"""
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
+import os
+import sys
+import warnings
+from pathlib import Path
 from types import ModuleType
 
-import torch
+import torch  # first: it loads the libraries that the compiled module is linked to
+
+from fused_step._build import on_import
+
+_NAME = "fused_step._C"
 
 
 def load() -> ModuleType:
-    """Imports ``fused_step._C``.
+    """The compiled module: the installed one if it fits, else one from the cache, compiled now if
+    need be. Its stand-in, with a warning, where there is none.
 
     Raises:
-        ImportError: it was never built, or it was built for another torch than the one installed.
+        ImportError: there is none, and FUSED_STEP_REQUIRE_EXT is 1.
     """
-    # torch is imported above, before the extension: that loads the libraries _C is linked to.
     try:
-        return importlib.import_module("fused_step._C")
-    except ModuleNotFoundError as error:
-        raise ImportError(
-            "fused_step: the compiled module fused_step._C is missing; build it with "
-            "`pip install --no-build-isolation -e .` in fused_step's source folder"
-        ) from error
+        return _import(_library().path)
     except ImportError as error:
-        raise ImportError(
-            f"fused_step: the compiled module fused_step._C does not load with torch "
-            f"{torch.__version__}; rebuild it with `pip install --no-build-isolation -e .` "
-            f"in fused_step's source folder ({error})"
-        ) from error
+        if os.environ.get("FUSED_STEP_REQUIRE_EXT") == "1":
+            raise ImportError(f"fused_step: no compiled module: {error}") from error
+        warnings.warn(
+            f"fused_step runs without its compiled module, by PyTorch's own operators: {error}",
+            RuntimeWarning,
+            stacklevel=3,  # where fused_step is imported first
+        )
+        from fused_step import _stand_in
+
+        _stand_in.REASON = str(error)
+        return _stand_in
+
+
+def _library() -> on_import.Library:
+    library, why = on_import.find()
+    if library is None:
+        if os.environ.get("FUSED_STEP_BUILD") == "never":
+            raise on_import.BuildError(f"{why}, and FUSED_STEP_BUILD is never")
+        library = on_import.compile_now(why)
+    return library
+
+
+def _import(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(_NAME, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    sys.modules[_NAME] = module
+    return module
 
 
 _C = load()

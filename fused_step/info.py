@@ -8,38 +8,53 @@ import platform
 import torch
 
 import fused_step
-from fused_step._extension import _C
-
-
-def _listed(names: list[str], if_none: str) -> str:
-    return ", ".join(names) or if_none
+from fused_step._build import cache, on_import
 
 
 def report() -> str:
-    """Versions, what the compiled module holds, and what it uses on this machine."""
-    isa_levels = _C.isa_levels() if hasattr(_C, "isa_levels") else []
-    isa_used = _C.isa_used() if hasattr(_C, "isa_used") else "baseline"
-    cuda_archs = _C.cuda_archs() if hasattr(_C, "cuda_archs") else []
+    """Versions, what the compiled module holds, and what it uses on this machine.
+
+    Compiles nothing: where no module fits, it says so and why.
+    """
+    library, why = on_import.find()
     sections = {
         "versions": {
             "fused_step": fused_step.__version__,
             "torch": torch.__version__,
             "python": platform.python_version(),
-            "compiler": _C.compiler,
         },
-        "built": {
-            "ISA levels": _listed(isa_levels, "baseline"),
-            "CUDA archs": _listed(cuda_archs, "none (CPU build)"),
-        },
-        "used here": {
-            "ISA": isa_used,
-            "threads": str(torch.get_num_threads()),
-            "at::parallel_for width": str(_C.parallel_width()),
-        },
+        "compiled module": {"file": f"none: {why}"} if library is None else _module(library),
+        "cache": {"folders": ", ".join(str(root) for root in cache.roots())},
     }
+    if library is not None:
+        sections["used here"] = _used()
     width = max(len(name) for entries in sections.values() for name in entries)
     lines = []
     for title, entries in sections.items():
         lines.append(title)
         lines += [f"  {name:<{width}}  {value}" for name, value in entries.items()]
     return "\n".join(lines)
+
+
+def _module(library: on_import.Library) -> dict[str, str]:
+    from fused_step._extension import _C
+
+    info = library.info
+    return {
+        "file": str(library.path),
+        "built for torch": f"{info.identity.torch}, {info.identity.python}",
+        "compiler": info.compiler,
+        "flags": " ".join(info.flags),
+        "ISA levels": ", ".join(_C.isa_levels()),
+        "CUDA archs": " ".join(info.cuda_archs) or "none (CPU build)",
+    }
+
+
+def _used() -> dict[str, str]:
+    from fused_step._extension import _C
+
+    return {
+        "ISA": _C.isa_used(),
+        "threads": str(torch.get_num_threads()),
+        "at::parallel_for width": str(_C.parallel_width()),
+    }

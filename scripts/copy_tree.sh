@@ -11,7 +11,8 @@ mkdir -p "$dest"
 # What is gone here must go there, too.
 find "$dest" -mindepth 1 -maxdepth 1 ! -name build ! -name fused_step ! -name '*.egg-info' \
     -exec rm -rf {} +
-rm -f "$dest"/fused_step/*.py
+rm -f "$dest"/fused_step/*.py "$dest"/fused_step/_build/*.py
 tar --create --exclude=./.git --exclude=./build --exclude='./.venv*' --exclude='*.so' \
+    --exclude=./fused_step/_build_info.json \
     --exclude='__pycache__' --exclude='*.egg-info' --exclude='./.*_cache' --exclude=./.hypothesis \
     --file=- . | tar --extract --directory="$dest" --file=-

@@ -108,7 +108,7 @@ export PYTHONPATH
 pytest=("$python" -m pytest -q -o minversion=1 -p no:cacheprovider --tb=short)
 has xdist && pytest+=(-n "$((MAX_JOBS < 8 ? MAX_JOBS : 8))")
 
-stage build "$build_limit" "$python" setup.py build_ext --inplace &&
+stage build "$build_limit" env FUSED_STEP_BUILD=require "$python" setup.py build_ext --inplace &&
     stage import 60 "$python" -m fused_step info
 built=$?
 

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import importlib
 import platform
 import subprocess
 import sys
@@ -14,12 +13,13 @@ import torch
 import fused_step
 from fused_step import _extension, info
 from fused_step.__main__ import main
+from fused_step._build import on_import
 
 
 def entries(report: str) -> dict[str, str]:
     """The report's indented lines, name to value."""
     lines = [line.split("  ") for line in report.splitlines() if line.startswith("  ")]
-    pairs = ([part.strip() for part in line if part] for line in lines)
+    pairs = ([part.strip() for part in line if part][:2] for line in lines)
     return dict(pairs)
 
 
@@ -28,7 +28,14 @@ def test_report_names_the_versions():
     assert found["fused_step"] == fused_step.__version__
     assert found["torch"] == torch.__version__
     assert found["python"] == platform.python_version()
-    assert found["compiler"] == _extension._C.compiler
+
+
+def test_report_names_the_module_and_what_it_was_built_for():
+    library, _ = on_import.find()
+    found = entries(info.report())
+    assert found["file"] == str(library.path)
+    assert found["built for torch"].startswith(torch.__version__)
+    assert found["compiler"] == library.info.compiler
 
 
 def test_isa_used_is_one_that_was_built():
@@ -65,18 +72,3 @@ def test_unknown_command_exits_with_usage(capsys):
         main(["nonsense"])
     assert exit_info.value.code == 2
     assert "usage: python -m fused_step" in capsys.readouterr().err
-
-
-def test_missing_module_says_how_to_build_it(monkeypatch):
-    monkeypatch.setitem(sys.modules, "fused_step._C", None)
-    with pytest.raises(ImportError, match=r"fused_step\._C is missing; build it with `pip install"):
-        _extension.load()
-
-
-def test_module_of_another_torch_says_so(monkeypatch):
-    def undefined_symbol(name):
-        raise ImportError("undefined symbol: _ZN2at4someE")
-
-    monkeypatch.setattr(importlib, "import_module", undefined_symbol)
-    with pytest.raises(ImportError, match=r"does not load with torch .* \(undefined symbol"):
-        _extension.load()
