@@ -7,7 +7,7 @@ __version__ = "0.1.0"
 
 __all__ = ["SGD", "LinearMSELoss", "TrainStep", "__version__", "linear_mse_loss"]
 
-# ``python -m fused_step COMMAND`` imports this file before it can look for the command, which may be
+# ``python -m fused_step COMMAND`` imports this file before it looks for the command, which may be
 # to compile the module or to remove it: loading it here would be too early.
 _is_command = (
     sys.argv[:1] == ["-m"]

@@ -17,7 +17,7 @@ import warnings
 from pathlib import Path
 from types import ModuleType
 
-import torch  # first: it loads the libraries that the compiled module is linked to
+import torch  # noqa: F401  first: it loads the libraries that the compiled module is linked to
 
 from fused_step._build import on_import
 

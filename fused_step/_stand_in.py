@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
 """In place of the compiled module where there is none: nothing is fused, everything works.
 
-The same names as in ``fused_step._C``, each with the answer "not by a fused plan", so that the doors
-go on as they do for what the kernels do not serve. The operators are registered with the formulas of
-``fused_step.reference``.
+The same names as in ``fused_step._C``, each with the answer "not by a fused plan", so that the
+doors go on as they do for what the kernels do not serve. The operators are registered with the
+formulas of ``fused_step.reference``.
 """
 
 from __future__ import annotations
