@@ -16,7 +16,7 @@ BIN := $(VENV)/bin
 CSRC := $(shell find csrc -type f)
 CPP_FORMATTED := $(shell find csrc tests benchmarks -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help demo test lint format sanitize emulate cuda-kernels bench bench-quick bench-check build cuda-build clean
+.PHONY: help demo test lint format sanitize emulate cuda-kernels package-check bench bench-quick bench-check build cuda-build clean
 .DELETE_ON_ERROR:
 # pip runs one at a time in one environment.
 .NOTPARALLEL:
@@ -49,6 +49,9 @@ emulate:  ## run the CUDA kernels on the processor, under sanitizers, and plant 
 cuda-kernels:  ## compile the CUDA kernels for every architecture, if nvcc is there
 	@command -v nvcc > /dev/null || { echo "cuda-kernels: NOT RUN, there is no nvcc here"; exit 0; }; \
 		$(MAKE) --no-print-directory -f tests/cuda/Makefile -j$(or $(MAX_JOBS),2)
+
+package-check: $(VENV)/.package  ## make sdist and wheels, install each in a fresh environment, run README's snippets
+	scripts/check_package.sh $(BIN)/python
 
 bench: $(VENV)/.bench build  ## measure all that this machine can run (BENCH_ARGS="cpu --rounds 5": a part)
 	$(BIN)/python benchmarks/run.py $(BENCH_ARGS)

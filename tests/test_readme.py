@@ -19,3 +19,7 @@ def test_snippets_run_in_order():
         # Blank lines in front, so that an error's traceback names the README's own line.
         before = text.count("\n", 0, snippet.start(1))
         exec(compile("\n" * before + snippet[1], str(README), "exec"), namespace)
+
+
+if __name__ == "__main__":  # for an environment without pytest
+    test_snippets_run_in_order()

@@ -56,7 +56,7 @@ def cached() -> Library | None:
     """A module that an earlier import compiled."""
     identity = build_info.of_this_process()
     # Where there is no nvcc, another machine with this cache may have had one.
-    is_open = torch.version.cuda is not None and os.environ.get("FUSED_STEP_CUDA") is None
+    is_open = torch.version.cuda is not None and _cuda_setting() == "auto"
     for with_cuda in (True, False) if is_open and not _wants_cuda() else (_wants_cuda(),):
         folder = cache.find(cache.key(identity, with_cuda=with_cuda))
         if folder is not None:
@@ -104,10 +104,13 @@ def compile_now(why: str, *, again: bool = False) -> Library:
 
 def _wants_cuda() -> bool:
     """Whether a module compiled now may get the CUDA engine; the recipe decides in the end."""
-    setting = os.environ.get("FUSED_STEP_CUDA", "auto")
-    if setting == "0" or torch.version.cuda is None:
+    if _cuda_setting() == "0" or torch.version.cuda is None:
         return False
-    return setting == "1" or cuda_toolkit.find_nvcc() is not None
+    return _cuda_setting() == "1" or cuda_toolkit.find_nvcc() is not None
+
+
+def _cuda_setting() -> str:
+    return os.environ.get("FUSED_STEP_CUDA", "auto")
 
 
 def _module_in(folder: Path) -> Path | None:
