@@ -131,7 +131,7 @@ def install(tmp_path) -> Install:
 
 
 def test_first_import_compiles_once_and_later_ones_load_that(install):
-    status, output, errors = install.run("-c", STEP)
+    status, output, errors = install.run("-W", "error", "-c", STEP)
     assert (status, output) == (0, "one-pass\n")
     first, last = errors.splitlines()
     assert first.startswith("fused_step: none was compiled when it was installed; compiling it")

@@ -121,7 +121,8 @@ def _module_in(folder: Path) -> Path | None:
 def _compile(folder: Path, root: Path, name: str, why: str) -> Path:
     """Runs the worker in `folder`; returns the folder with the module."""
     _say(f"{why}; compiling it for torch {torch.__version__}, once, in a minute or two\n")
-    process = subprocess.Popen(
+    lines = []
+    with subprocess.Popen(
         [sys.executable, "-m", "fused_step._build.worker", str(folder)],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
@@ -130,19 +131,16 @@ def _compile(folder: Path, root: Path, name: str, why: str) -> Path:
         errors="replace",
         env={**os.environ, "PYTHONPATH": _path_with_package()},
         start_new_session=True,  # a group of its own, that can be ended as a whole
-    )
-    assert process.stdout is not None
-    lines = []
-    try:
-        for line in process.stdout:
-            lines.append(line)
-            if (step := _STEP.match(line)) and sys.stderr.isatty():
-                _say(f"[{step[1]}/{step[2]}]\r")
-        process.wait()
-    except BaseException:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        raise
+    ) as process:
+        assert process.stdout is not None
+        try:
+            for line in process.stdout:
+                lines.append(line)
+                if (step := _STEP.match(line)) and sys.stderr.isatty():
+                    _say(f"[{step[1]}/{step[2]}]\r")
+        except BaseException:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise
     if process.returncode != 0:
         reason = _reason(lines)
         cache.note_failure(root, name, "".join([reason, "\n\n", *lines]))
