@@ -37,6 +37,8 @@ class Contestant:
     ours = False  # True: held to the stricter tolerance, see oracle.py
     of_torch = True  # its buffers are those of torch's allocator, its threads torch's
     own_process = False
+    # What takes long to import, done once for all processes. torch.optim imports the compiler.
+    imports: tuple[str, ...] = ("torch._dynamo",)
     # How long its threads may spin after a turn. OpenMP's spin for a few ms after their last
     # region, OpenBLAS's for about 30 ms; meanwhile they would take a core from who is next.
     settle_seconds = 0.010

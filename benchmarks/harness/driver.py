@@ -89,7 +89,11 @@ class _Run:
         budget = Budget(self._protocol.budget_seconds, len(self._cases))
         with self._display.progress(len(self._cases), self._protocol.rounds):
             for case in self._cases:
-                self._one(case, budget.next_case())
+                seconds = budget.next_case()
+                if seconds is None:
+                    self._display.warn(f"{case.title}: left out, no time was left")
+                    continue
+                self._one(case, seconds)
                 if self._interrupted:
                     break
         if not self._result["cases"]:
@@ -132,8 +136,7 @@ class _Run:
         if load[0] > 0.5:
             self._display.warn("the machine is busy with something else: do not quote this run")
         entrants = [c for c in self._benchmark.contestants() if self._takes_part(c)]
-        with_floors = any(contestant.role == "floor" for contestant in entrants)
-        self._display.say(self._place.start(self._result["threads"], with_floors))
+        self._display.say(self._place.start(self._result["threads"], entrants))
 
     def _takes_part(self, contestant: Contestant) -> bool:
         return self._options.keys is None or contestant.key in self._options.keys

@@ -32,6 +32,7 @@ class Step(TorchStep):
     """`loss = step(input, target)`."""
 
     ours = True
+    imports = ("torch._dynamo", "fused_step")
 
     def build(self, data: Data) -> Callable[[Any, Any], Any]:
         self._model, self._step = make_train_step(data)

@@ -12,6 +12,7 @@ import contextlib
 import multiprocessing
 import os
 import signal
+from collections.abc import Iterable
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from typing import Any
@@ -20,18 +21,7 @@ from harness import BENCHMARKS, cold, memory
 from harness.contestant import Contestant, Unavailable
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-# What takes long to import; what is not installed is left out. torch.optim imports the compiler.
-_PRELOADED = [
-    "torch",
-    "torch._dynamo",
-    "torch._inductor.compile_fx",
-    "torch.profiler",
-    "fused_step",
-    "jax",
-    "sklearn.linear_model",
-    "harness.isolated",
-    "harness.oracle",
-]
+_PRELOADED = ("torch", "harness.isolated", "harness.oracle")
 _PATIENCE = 2.0
 _THREAD_VARIABLES = (
     "OMP_NUM_THREADS",
@@ -41,8 +31,11 @@ _THREAD_VARIABLES = (
 )
 
 
-def start_server(threads: int) -> None:
-    """Starts the server whose children use `threads` threads each. Once in a process, at first."""
+def start_server(threads: int, imports: Iterable[str] = ()) -> None:
+    """Starts the server whose children use `threads` threads each. Once in a process, at first.
+
+    It imports `imports`, or leaves out what is not installed: a contestant will say so.
+    """
     path = os.pathsep.join(filter(None, [str(BENCHMARKS), os.environ.get("PYTHONPATH", "")]))
     pinned = dict.fromkeys(_THREAD_VARIABLES, str(threads))
     # One compiler: a pool of them would outlive the compilation, beside what is timed.
@@ -52,7 +45,7 @@ def start_server(threads: int) -> None:
     handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ.update(pinned)
     try:
-        _CONTEXT.set_forkserver_preload(_PRELOADED)
+        _CONTEXT.set_forkserver_preload([*_PRELOADED, *imports])
         forkserver.ensure_running()
     finally:
         os.environ.clear()

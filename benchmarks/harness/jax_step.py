@@ -46,6 +46,7 @@ class JaxStep(Contestant):
     """One call of a jitted step with donated parameters, ended by a wait for the last one."""
 
     of_torch = False
+    imports = ("jax",)
     settle_seconds = 0.050
 
     def prepare(self, data: Data) -> None:

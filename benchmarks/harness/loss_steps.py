@@ -81,6 +81,8 @@ class LossAndGradients(TorchStep):
 class Compiled(LossAndGradients):
     """The same by torch.compile's default backend."""
 
+    imports = ("torch._inductor.compile_fx",)
+
     def build(self, data: Data) -> Callable[[Any, Any], Any]:
         torch._dynamo.reset()
         self._model = make_linear(data)

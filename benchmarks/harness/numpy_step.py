@@ -16,6 +16,7 @@ class NumPyStep(PerCall):
     """The shortest NumPy that reads x twice and allocates as little as NumPy allows."""
 
     of_torch = False
+    imports = ("numpy",)
     settle_seconds = 0.050
 
     def touch_libraries(self, data: Data) -> None:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import subprocess
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -21,10 +22,12 @@ class Cpu:
         """Why nothing can be measured here, if so."""
         return None
 
-    def start(self, threads: int, with_floors: bool) -> str:
-        """What is built and started once; returns a line for the reader."""
+    def start(self, threads: int, contestants: Sequence[Contestant]) -> str:
+        """Builds and starts what they need, once; returns a line for the reader."""
+        with_floors = any(contestant.role == "floor" for contestant in contestants)
         said = floors.build() if with_floors else "without the floors"
-        isolated.start_server(threads)
+        imports = [module for contestant in contestants for module in contestant.imports]
+        isolated.start_server(threads, dict.fromkeys(imports))
         return said
 
     def enter(self, contestant: Contestant) -> Contestant:
@@ -50,7 +53,7 @@ class Gpu:
     def missing(self) -> str | None:
         return None if torch.cuda.is_available() else "no GPU: torch finds none here"
 
-    def start(self, threads: int, with_floors: bool) -> str:
+    def start(self, threads: int, contestants: Sequence[Contestant]) -> str:
         return tables.gpu_words(gpu_facts())
 
     def enter(self, contestant: Contestant) -> Contestant:
@@ -72,7 +75,7 @@ class Rehearsal(Gpu):
     def missing(self) -> str | None:
         return None
 
-    def start(self, threads: int, with_floors: bool) -> str:
+    def start(self, threads: int, contestants: Sequence[Contestant]) -> str:
         return "a rehearsal on the CPU: small cases, nothing below says anything about a GPU"
 
     def machine(self) -> dict:

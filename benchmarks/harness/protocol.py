@@ -19,7 +19,7 @@ from harness.oracle import STEPS, Check
 
 Say = Callable[[str, int, int], None]  # what goes on, rounds done, rounds wanted
 
-_MIN_ROUNDS = 5
+_MIN_ROUNDS = 5  # within the time of a case; beyond it one is enough
 _COLD_STEPS = 3  # of a sample: emptying the caches takes longer than most steps
 
 
@@ -46,11 +46,12 @@ class Budget:
         self._cases = cases
         self._now = now
 
-    def next_case(self) -> float:
-        """Seconds for the next case; 0 if none are left, which leaves it the fewest rounds."""
-        share = max(0.0, self._end - self._now()) / max(1, self._cases)
+    def next_case(self) -> float | None:
+        """Seconds for the next case; None if there are none left."""
+        left = self._end - self._now()
+        share = left / max(1, self._cases)
         self._cases -= 1
-        return share
+        return share if left > 0 else None
 
 
 @dataclasses.dataclass
@@ -112,7 +113,7 @@ def measure(
         contestants: who takes part; released at the end.
         protocol: rounds and limits.
         say: told what goes on.
-        seconds: no further round begins after that, once the fewest are done.
+        seconds: for all of that; no further round begins after it, once there is one.
     """
     measured = Measured(case, [Entry(contestant) for contestant in contestants])
     end = time.monotonic() + seconds
@@ -214,10 +215,10 @@ def _timed_turn(entry: Entry, protocol: Protocol) -> float:
 
 def _time_rounds(measured: Measured, protocol: Protocol, say: Say, end: float) -> None:
     order = random.Random(protocol.seed)
-    deadline = min(end, time.monotonic() + protocol.case_seconds)
-    fewest = min(_MIN_ROUNDS, protocol.rounds)
+    deadline = time.monotonic() + protocol.case_seconds
     while measured.rounds < protocol.rounds:
-        if measured.rounds >= fewest and time.monotonic() > deadline:
+        now = time.monotonic()
+        if (measured.rounds >= _MIN_ROUNDS and now > deadline) or (measured.rounds and now > end):
             break
         # A new order each round, so that nobody always follows the same neighbour.
         turns = measured.running()

@@ -17,6 +17,7 @@ class PartialFit(Contestant):
     """
 
     of_torch = False
+    imports = ("sklearn.linear_model",)
 
     def prepare(self, data: Data) -> None:
         if data.case.outputs != 1:

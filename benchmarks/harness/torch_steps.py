@@ -125,6 +125,8 @@ class HandWritten(TorchStep):
 class Compiled(HandWritten):
     """The same by torch.compile's default backend."""
 
+    imports = ("torch._inductor.compile_fx",)
+
     def make_update(self, case: Case) -> Callable[..., torch.Tensor]:
         torch.compiler.reset()  # each case is compiled for its own sizes
         update = super().make_update(case)
