@@ -6,8 +6,16 @@ Usage: python benchmarks/bench_cpu.py [--quick] [--cold] [--cases NAME,...] [--r
 
 from __future__ import annotations
 
-from harness import driver, floors, fused_steps, jax_step, memory, numpy_step, sklearn_step
-from harness import torch_steps
+from harness import (
+    driver,
+    floors,
+    fused_steps,
+    jax_step,
+    memory,
+    numpy_step,
+    sklearn_step,
+    torch_steps,
+)
 from harness.case import Case
 from harness.contestant import Absent, Contestant
 from harness.protocol import Protocol
@@ -38,7 +46,7 @@ CASES = (
 
 def contestants() -> list[Contestant]:
     return [
-        torch_steps.Eager("eager", "eager", note="for-loop, as it comes", foreach=False, fused=False),
+        torch_steps.Eager("eager", "eager", note="SGD as it comes: a for-loop"),
         torch_steps.Eager("eager_foreach", "eager, SGD(foreach=True)", foreach=True),
         torch_steps.Eager("eager_fused", "eager, SGD(fused=True)", fused=True),
         torch_steps.HandWritten("hand", "torch by hand", note="no autograd, GEMM into the weight"),

@@ -58,8 +58,8 @@ def _ratios(result: dict) -> dict[tuple[str, str], tuple[float, float]]:
         if case["aa"] is None:
             continue
         for contestant in case["contestants"]:
-            is_rival = contestant["role"] == "contestant" and contestant["key"] != case["aa"]["again"]
-            if contestant["ratio"] and is_rival:
+            is_again = contestant["key"] == case["aa"]["again"]
+            if contestant["ratio"] and contestant["role"] == "contestant" and not is_again:
                 place = (case["title"], contestant["label"])
                 found[place] = (contestant["ratio"]["median"], case["aa"]["noise"])
     return found

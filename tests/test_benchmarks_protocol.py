@@ -105,7 +105,9 @@ def test_ratio_is_the_median_of_the_rounds_ratios_not_the_ratio_of_medians():
     assert np.median(other) / np.median(ours) == 1.5
 
 
-@pytest.mark.parametrize(("slowdown", "verdict"), [(1.04, "equal"), (1.2, "slower"), (0.8, "faster")])
+@pytest.mark.parametrize(
+    ("slowdown", "verdict"), [(1.04, "equal"), (1.2, "slower"), (0.8, "faster")]
+)
 def test_difference_below_the_noise_is_equal(slowdown, verdict):
     ours = [1.0, 1.0, 1.0, 1.0, 1.0]
     again = [0.9, 0.95, 1.0, 1.05, 1.1]

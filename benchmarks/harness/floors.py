@@ -16,7 +16,6 @@ from harness import BENCHMARKS
 from harness.case import Data
 from harness.contestant import PerCall, Trajectory, Unavailable
 
-
 _NAME = "benchmark_floors"
 
 

@@ -58,7 +58,7 @@ def used(contestant: Any, case: Any, seed: int, allocator: Allocator | None = No
 
 
 def judge(case: Any, entries: Mapping[str, Any]) -> dict | None:
-    """Where the case says so: `step` must do with what `eager` takes, less the weight's gradient."""
+    """Where the case says so, `step` does with what `eager` takes less the weight's gradient."""
     if not case.peak_memory:
         return None
     eager, step = entries["eager"].memory, entries["step"].memory

@@ -57,7 +57,7 @@ class GpuContestant(Contestant):
         return span.seconds
 
     def last_loss(self) -> float | None:
-        return None if self._loss is None else float(self._loss)
+        return None if self._loss is None else float(self._loss.detach())
 
     def own_peak(self) -> int | None:
         """Bytes of a step, where they are not torch's allocator's."""
@@ -300,7 +300,7 @@ class Jax(Contestant):
         return None if self._loss is None else float(self._loss)
 
     def own_peak(self) -> int | None:
-        """What XLA has planned for its executable: JAX's allocator has no peak that can be reset."""
+        """What XLA has planned: the peak of JAX's allocator cannot be reset."""
         compiled = self._call.lower(*self._parameters, *self._batches[0]).compile()
         planned = compiled.memory_analysis()
         if planned is None:

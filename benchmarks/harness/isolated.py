@@ -125,7 +125,8 @@ class _Child:
             raise RuntimeError(f"{self._key}: its process ended, exit {code}") from None
         if status == "ok":
             return result
-        raise {"unavailable": Unavailable, "wrong": AssertionError}.get(status, RuntimeError)(result)
+        raised = {"unavailable": Unavailable, "wrong": AssertionError}
+        raise raised.get(status, RuntimeError)(result)
 
     def end(self) -> None:
         self._connection.close()

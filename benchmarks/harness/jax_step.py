@@ -55,7 +55,9 @@ class JaxStep(Contestant):
         self._state: State = (jax.numpy.array(data.weight), jax.numpy.array(data.bias))
         step = jax.jit(_make_step(jax, data.case), donate_argnums=0)
         # Another state: the call compiles, and what is donated is gone.
-        jax.block_until_ready(step(jax.tree.map(jax.numpy.copy, self._state), self._x, self._target))
+        state = jax.tree.map(jax.numpy.copy, self._state)
+        jax.block_until_ready(step(state, self._x, self._target))
+        del state
         self._step = step
         self._loss: Any = None
 

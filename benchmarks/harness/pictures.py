@@ -115,7 +115,9 @@ def _bytes_used(contestant: dict) -> int | None:
     return used.get("aten_bytes") if resident is None else resident
 
 
-def _draw(panel: Any, bars: list[dict], values: list[float], words: list[str], subject: str) -> None:
+def _draw(
+    panel: Any, bars: list[dict], values: list[float], words: list[str], subject: str
+) -> None:
     labels = [c["label"] for c in bars]
     colors = [OURS if c["key"] in (subject, "run") else OTHERS for c in bars]
     panel.barh(labels, values, color=colors, height=0.65)

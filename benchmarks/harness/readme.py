@@ -35,9 +35,9 @@ def section(by_kind: Mapping[str, dict]) -> str:
     lines = [
         *_paragraph(
             f"Microseconds per training step, float32, on {cpu['threads']} threads of "
-            f"{cpu['machine']['cpu']} with torch {cpu['versions']['torch']}: medians of interleaved "
-            "rounds; the last three columns are medians of the rounds' ratios. Load average "
-            f"{cpu['load_average']['before'][0]:g} before. "
+            f"{cpu['machine']['cpu']} with torch {cpu['versions']['torch']}, load average "
+            f"{cpu['load_average']['before'][0]:g} before: medians of interleaved rounds; the last "
+            "three columns are medians of the rounds' ratios. "
             '"torch by hand" is the same step written without autograd.'
         ),
         "",

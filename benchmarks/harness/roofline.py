@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""The roofline of a case: the least time for its bytes, its FLOPs and its call, from the floors that
-were measured in the same run."""
+"""The roofline of a case: the least time for its bytes, its FLOPs and its call, from the floors
+measured in the same run."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ def lines(runs: Sequence[dict]) -> list[str]:
                     tables.roofline_words(run, case),
                 ]
             )
-    header = ["device", "B×I→O", "step(), µs", "eager / step()", "memory", ""]
+    header = ["device", "B×I→O", "step(), µs", "eager / step()", "memory", "roofline"]
     return ["# Devices side by side", "", *tables.table_lines(header, rows)]
 
 
