@@ -38,6 +38,7 @@ BENCHMARK = driver.Benchmark(
     contestants=contestants,
     subject="step",
     again="step_again",
+    with_memory=False,
     full=Protocol(rounds=12, case_seconds=6.0, budget_seconds=170.0),
 )
 

@@ -75,9 +75,7 @@ def test_run_writes_a_valid_result_with_its_table_and_pictures(tmp_path):
 
 
 def test_result_that_is_not_what_the_schema_says_is_not_written(tmp_path):
-    driver.run(benchmark(*OURS), ["--out", str(tmp_path)])
-    path = tmp_path / "fake.json"
-    result = json.loads(path.read_text())
+    result = json.loads((ROOT / "benchmarks" / "results" / "optim.json").read_text())
     result["cases"][0]["contestants"][0]["status"] = "fine"
     with pytest.raises(Exception, match="'fine' is not one of"):
         results.save(result, tmp_path / "other.json")
@@ -85,7 +83,7 @@ def test_result_that_is_not_what_the_schema_says_is_not_written(tmp_path):
 
 
 def test_partial_runs_leave_the_committed_results_alone():
-    for arguments in (["--quick"], ["--cases", CASE.name], ["--rounds", "3"]):
+    for arguments in (["--quick"], ["--cases", CASE.name], ["--rounds", "3"], ["--seconds", "3"]):
         options = driver._parse(benchmark(*OURS), arguments)
         assert options.out == ROOT / "build" / "benchmarks"
     assert driver._parse(benchmark(*OURS), []).out == ROOT / "benchmarks" / "results"
@@ -122,7 +120,7 @@ def test_interrupt_in_a_round_keeps_the_rounds_before_it(tmp_path):
     result = results.load(tmp_path / "fake.json")
     assert [case["interrupted"] for case in result["cases"]] == [True]
     assert not result["complete"]
-    assert "not all cases were run to the end" in (tmp_path / "fake.md").read_text()
+    assert "not all cases were run to the end, or" in (tmp_path / "fake.md").read_text()
 
 
 def _ended(group: int) -> bool:
@@ -137,12 +135,15 @@ def _ended(group: int) -> bool:
 
 
 INTERRUPTED_RUN = """
+import signal
 import sys
 from benchmark_fakes import CASE, SECOND_CASE, SlowInTheSecondCase
 from harness import driver
 from harness.protocol import Protocol
 
 if __name__ == "__main__":
+    # As in a terminal: a shell's background jobs ignore it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     contestants = [SlowInTheSecondCase("ours"), SlowInTheSecondCase("again")]
     full = Protocol(rounds=5, batch_seconds=1e-6)
     benchmark = driver.Benchmark(

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 
 import pytest
@@ -19,7 +20,10 @@ MIB = 1 << 20
 
 @pytest.fixture(scope="module", autouse=True)
 def _server():
+    # As in a terminal: a shell's background jobs ignore it, and so would all that they start.
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
     isolated.start_server(THREADS, ["torch._dynamo"])
+    signal.signal(signal.SIGINT, handler)
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ from benchmark_fakes import (
 )
 from harness import results
 from harness.contestant import Absent
-from harness.protocol import Budget, Entry, Measured, Protocol, measure
+from harness.protocol import MIN_ROUNDS, Budget, Entry, Measured, Protocol, measure
 
 
 def run(*contestants, protocol: Protocol = QUICK, seconds: float = 60.0) -> Measured:
@@ -126,7 +126,12 @@ def test_cold_rounds_take_cold_samples_alone():
     assert measured.times("right").tolist() == [1.0] * QUICK.rounds
 
 
-def test_no_round_begins_after_the_time_of_a_case_but_there_is_one():
+def test_rounds_end_with_the_time_of_a_case_once_there_are_five():
+    many = Protocol(rounds=1000, batch_seconds=1e-6, case_seconds=0.0)
+    assert run(Timed("right", [1e-3]), protocol=many).rounds == MIN_ROUNDS
+
+
+def test_no_round_begins_after_twice_the_time_of_a_case_but_there_is_one():
     assert run(Timed("right", [1e-3]), seconds=0.0).rounds == 1
 
 

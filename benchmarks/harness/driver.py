@@ -18,9 +18,10 @@ import torch
 
 from harness import BENCHMARKS, display, machine, places, report, results
 from harness.contestant import Contestant
-from harness.protocol import Budget, Entry, Measured, Protocol, Say, failure, measure
+from harness.protocol import MIN_ROUNDS, Budget, Entry, Measured, Protocol, Say, failure, measure
 
 QUICK = Protocol(rounds=8, case_seconds=3.0, budget_seconds=60.0)
+COLD = Protocol(rounds=20, case_seconds=8.0, budget_seconds=110.0)
 # Of a case's share of the time, for its memory.
 _SHARE_OF_MEMORY = 0.3
 
@@ -41,6 +42,8 @@ class Benchmark:
         place: where contestants run.
         full: the protocol of a run that is not quick.
         quick: the protocol of --quick.
+        cold: the protocol of --cold.
+        with_memory: whether memory is measured.
         rehearsed: from a case to a small one on the CPU, for --rehearse.
     """
 
@@ -54,6 +57,8 @@ class Benchmark:
     place: Any = dataclasses.field(default_factory=places.Cpu)
     full: Protocol = dataclasses.field(default_factory=Protocol)
     quick: Protocol = QUICK
+    cold: Protocol = COLD
+    with_memory: bool = True
     rehearsed: Callable[[Any], Any] | None = None
 
 
@@ -153,7 +158,9 @@ class _Run:
             for contestant in self._benchmark.contestants()
             if self._takes_part(contestant)
         ]
-        with_memory = not self._options.no_memory and not self._protocol.cold
+        with_memory = self._benchmark.with_memory and not (
+            self._options.no_memory or self._protocol.cold
+        )
         share = seconds * (1.0 - _SHARE_OF_MEMORY) if with_memory else seconds
         measured = measure(case, entrants, self._protocol, say, share)
         limit = None
@@ -167,7 +174,9 @@ class _Run:
         self._result["cases"].append(row)
         self._result["load_average"]["after"] = machine.load_average()
         all_of_them = len(self._result["cases"]) == len(self._benchmark.cases)
-        self._result["complete"] = all_of_them and not self._interrupted
+        wanted = min(MIN_ROUNDS, self._protocol.rounds)
+        enough = all(done["rounds"] >= wanted for done in self._result["cases"])
+        self._result["complete"] = all_of_them and enough and not self._interrupted
         if not self._options.rehearse:
             results.save(self._result, self._path)
         self._display.case_done(self._result, row)
@@ -236,7 +245,8 @@ def _parse(benchmark: Benchmark, command_line: Sequence[str] | None) -> argparse
         options.selected = [dataclasses.replace(case, targets=()) for case in options.selected]
     options.protocol = _protocol(benchmark, options)
     # A partial or quick run must not replace the results of a full one.
-    full = not (options.quick or options.cases or options.contestants or options.rounds)
+    partial = (options.cases, options.contestants, options.rounds, options.seconds)
+    full = not (options.quick or any(partial))
     if options.out is None:
         in_build = BENCHMARKS.parent / "build" / "benchmarks"
         options.out = BENCHMARKS / "results" if full else in_build
@@ -257,7 +267,9 @@ def _chosen(
 
 
 def _protocol(benchmark: Benchmark, options: argparse.Namespace) -> Protocol:
-    protocol = benchmark.quick if options.quick else benchmark.full
+    protocol = benchmark.cold if options.cold else benchmark.full
+    if options.quick:
+        protocol = benchmark.quick
     changes: dict[str, Any] = {"cold": options.cold}
     if options.rounds:
         changes["rounds"] = options.rounds

@@ -83,7 +83,7 @@ class JaxStep(Contestant):
         return None if self._loss is None else float(self._loss)
 
     def describe(self) -> dict[str, str]:
-        return {"jax": self._jax.__version__, "threads": str(len(os.sched_getaffinity(0)))}
+        return {"jax": self._jax.__version__}
 
     def release(self) -> None:
         self._step = self._state = self._x = self._target = None

@@ -33,7 +33,10 @@ No result of a GPU has been committed: nothing is claimed.
 
 
 def publish(results: Sequence[dict], folder: Path) -> list[Path]:
-    """Writes the page and its pictures, and the README's section."""
+    """Writes the page and its pictures, and the README's section; of complete results alone."""
+    for result in results:
+        if result["quick"] or not result["complete"]:
+            raise SystemExit(f"not published: the result of {result['kind']} is not a complete one")
     root = BENCHMARKS.parent
     page, images, front = root / "docs/performance.md", root / "docs/images", root / "README.md"
     images.mkdir(parents=True, exist_ok=True)

@@ -19,7 +19,7 @@ from harness.oracle import STEPS, Check
 
 Say = Callable[[str, int, int], None]  # what goes on, rounds done, rounds wanted
 
-_MIN_ROUNDS = 5  # within the time of a case; beyond it one is enough
+MIN_ROUNDS = 5  # within twice the time of a case; beyond it one is enough
 _COLD_STEPS = 3  # of a sample: emptying the caches takes longer than most steps
 
 
@@ -113,14 +113,15 @@ def measure(
         contestants: who takes part; released at the end.
         protocol: rounds and limits.
         say: told what goes on.
-        seconds: for all of that; no further round begins after it, once there is one.
+        seconds: for all of that: no further round begins after it once there are MIN_ROUNDS, nor
+            after twice as long once there is one.
     """
     measured = Measured(case, [Entry(contestant) for contestant in contestants])
-    end = time.monotonic() + seconds
+    began = time.monotonic()
     try:
         _check_all(measured, protocol, say)
         _warm_up_all(measured, protocol, say)
-        _time_rounds(measured, protocol, say, end)
+        _time_rounds(measured, protocol, say, began, seconds)
     except KeyboardInterrupt:
         measured.interrupted = True
     finally:
@@ -213,12 +214,14 @@ def _timed_turn(entry: Entry, protocol: Protocol) -> float:
     return _sample(entry, protocol) / entry.steps_per_sample
 
 
-def _time_rounds(measured: Measured, protocol: Protocol, say: Say, end: float) -> None:
+def _time_rounds(
+    measured: Measured, protocol: Protocol, say: Say, began: float, seconds: float
+) -> None:
     order = random.Random(protocol.seed)
-    deadline = time.monotonic() + protocol.case_seconds
+    enough = min(began + seconds, time.monotonic() + protocol.case_seconds)
     while measured.rounds < protocol.rounds:
-        now = time.monotonic()
-        if (measured.rounds >= _MIN_ROUNDS and now > deadline) or (measured.rounds and now > end):
+        end = enough if measured.rounds >= MIN_ROUNDS else began + 2.0 * seconds
+        if measured.rounds and time.monotonic() > end:
             break
         # A new order each round, so that nobody always follows the same neighbour.
         turns = measured.running()

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from harness import roofline
 from harness.case import MICROSECOND
@@ -129,7 +129,7 @@ def header_lines(result: dict) -> list[str]:
     if result["quick"]:
         lines.append("- **a quick run: too short to quote**")
     if not result["complete"]:
-        lines.append("- **not all cases were run to the end**")
+        lines.append("- **not all cases were run to the end, or with enough rounds**")
     return lines
 
 
@@ -245,14 +245,18 @@ def case_lines(result: dict, case: dict) -> list[str]:
         )
     header = ["", "µs a step", f"time / {subject_label}'s", "GB/s", "GFLOP/s", "memory"]
     lines += ["", *table_lines(header, rows)]
-    reasons = [(c, c["status"], c["reason"]) for c in case["contestants"] if c["reason"]]
-    for contestant in case["contestants"]:
-        if error := (contestant["memory"] or {}).get("error"):
-            reasons.append((contestant, "memory not measured", error))
-    if reasons:
-        lines.append("")
-        lines += [f"- {c['label']}: {what}: {reason}" for c, what, reason in reasons]
-    return lines
+    remarks = [remark for contestant in case["contestants"] for remark in _remarks(contestant)]
+    return [*lines, "", *remarks] if remarks else lines
+
+
+def _remarks(contestant: dict) -> Iterator[str]:
+    """What the reader has to know of it beside its numbers."""
+    if contestant["note"]:
+        yield f"- {contestant['label']}: {contestant['note']}"
+    if contestant["reason"]:
+        yield f"- {contestant['label']}: {contestant['status']}: {contestant['reason']}"
+    if error := (contestant["memory"] or {}).get("error"):
+        yield f"- {contestant['label']}: memory not measured: {error}"
 
 
 def markdown(result: dict) -> str:
