@@ -53,7 +53,7 @@ cuda-kernels:  ## compile the CUDA kernels for every architecture, if nvcc is th
 bench: $(VENV)/.bench build  ## measure all that this machine can run, under 15 minutes (BENCH_ARGS="cpu --rounds 5": a part)
 	$(BIN)/python benchmarks/run.py $(BENCH_ARGS)
 
-bench-quick: $(VENV)/.bench build  ## a first look, under 90 s, not to be quoted
+bench-quick: $(VENV)/.bench build  ## a first look, under 90 s once it is built, not to be quoted
 	$(BIN)/python benchmarks/bench_cpu.py --quick --no-memory --contestants $(QUICK)
 
 bench-publish: $(VENV)/.bench  ## make tables, pictures, docs/performance.md and the README's figures from the results
