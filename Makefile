@@ -6,8 +6,8 @@ PYTHON ?= python3
 VENV ?= .venv
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
-# Without those that compile for each case or live in another process.
-QUICK := eager,hand,step,step_again,run,floor_call,floor_read,floor_gemm
+# Without those that compile for each case.
+QUICK := eager,hand,numpy,step,step_again,run,floor_call,floor_read,floor_gemm
 # A second environment, whose torch has CUDA.
 CUDA_VENV ?= .venv-cuda
 CUDA_TREE := build/cuda
@@ -16,7 +16,7 @@ BIN := $(VENV)/bin
 CSRC := $(shell find csrc -type f)
 CPP_FORMATTED := $(shell find csrc tests benchmarks -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help demo test lint format sanitize emulate cuda-kernels package-check bench bench-quick bench-check build cuda-build clean
+.PHONY: help demo test lint format sanitize emulate cuda-kernels package-check bench bench-quick bench-publish bench-ratios bench-check build cuda-build clean
 .DELETE_ON_ERROR:
 # pip runs one at a time in one environment.
 .NOTPARALLEL:
@@ -53,11 +53,17 @@ cuda-kernels:  ## compile the CUDA kernels for every architecture, if nvcc is th
 package-check: $(VENV)/.package  ## make sdist and wheels, install each in a fresh environment, run README's snippets
 	scripts/check_package.sh $(BIN)/python
 
-bench: $(VENV)/.bench build  ## measure all that this machine can run (BENCH_ARGS="cpu --rounds 5": a part)
+bench: $(VENV)/.bench build  ## measure all that this machine can run, under 15 minutes (BENCH_ARGS="cpu --rounds 5": a part)
 	$(BIN)/python benchmarks/run.py $(BENCH_ARGS)
 
-bench-quick: $(VENV)/.bench build  ## a first look, under 90 s, not to be quoted
+bench-quick: $(VENV)/.bench build  ## a first look, under 90 s once it is built, not to be quoted
 	$(BIN)/python benchmarks/bench_cpu.py --quick --no-memory --contestants $(QUICK)
+
+bench-publish: $(VENV)/.bench  ## make tables, pictures, docs/performance.md and the README's figures from the results
+	$(BIN)/python benchmarks/report.py benchmarks/results --publish
+
+bench-ratios: $(VENV)/.bench build  ## hold speed-ups measured now against the committed ones (leave the machine alone)
+	$(BIN)/python benchmarks/ratios.py
 
 bench-check: $(VENV)/.bench build  ## hold the instruction counts of small steps against benchmarks/baseline.json
 	$(BIN)/python benchmarks/instructions.py

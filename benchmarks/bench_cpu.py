@@ -1,15 +1,24 @@
 # SPDX-License-Identifier: MIT
 """Time of a training step of a linear model on the CPU, against PyTorch, NumPy, and the floors.
 
-Usage: python benchmarks/bench_cpu.py [--quick] [--cases NAME,...] [--rounds N] [--out DIR]
+Usage: python benchmarks/bench_cpu.py [--quick] [--cold] [--cases NAME,...] [--rounds N] [--out DIR]
 """
 
 from __future__ import annotations
 
-from harness import driver, floors, fused_steps, torch_steps
+from harness import (
+    driver,
+    floors,
+    fused_steps,
+    jax_step,
+    memory,
+    numpy_step,
+    sklearn_step,
+    torch_steps,
+)
 from harness.case import Case
-from harness.contestant import Contestant
-from harness.remote import Remote
+from harness.contestant import Absent, Contestant
+from harness.protocol import Protocol
 
 # The targets name contestants by key: see contestants() below, and Target in harness/case.py.
 CASES = (
@@ -35,24 +44,22 @@ CASES = (
 )
 
 
-def contestants(threads: int) -> list[Contestant]:
+def contestants() -> list[Contestant]:
     return [
-        torch_steps.Eager("eager", "eager"),
+        torch_steps.Eager("eager", "eager", note="SGD as it comes: a for-loop"),
+        torch_steps.Eager("eager_foreach", "eager, SGD(foreach=True)", foreach=True),
         torch_steps.Eager("eager_fused", "eager, SGD(fused=True)", fused=True),
         torch_steps.HandWritten("hand", "torch by hand", note="no autograd, GEMM into the weight"),
         torch_steps.Compiled("compiled", "torch by hand, compiled", note="torch.compile"),
-        Remote("numpy", "NumPy", "harness.numpy_step:NumPyStep", threads),
-        Remote("jax", "JAX, jit", "harness.jax_step:JaxStep", threads),
-        Remote(
-            "jax_scan", "JAX, lax.scan", "harness.jax_step:JaxScan", threads, "many steps a call"
-        ),
-        Remote(
+        numpy_step.NumPyStep("numpy", "NumPy"),
+        jax_step.JaxStep("jax", "JAX, jit"),
+        jax_step.JaxScan("jax_scan", "JAX, lax.scan", note="many steps a call"),
+        sklearn_step.PartialFit(
             "sklearn",
             "scikit-learn partial_fit",
-            "harness.sklearn_step:PartialFit",
-            threads,
-            "another algorithm: an update after each row, on one thread",
+            note="another algorithm: an update after each row, on one thread",
         ),
+        Absent("graph", "CUDA graphs", "there are none on a CPU: bench_gpu.py has them"),
         fused_steps.Step("step", "fused_step step()"),
         fused_steps.Step("step_again", "fused_step step(), again", note="A/A"),
         fused_steps.Run("run", "fused_step run()", note="many steps a call"),
@@ -62,5 +69,16 @@ def contestants(threads: int) -> list[Contestant]:
     ]
 
 
+BENCHMARK = driver.Benchmark(
+    kind="cpu",
+    description=__doc__,
+    cases=CASES,
+    contestants=contestants,
+    subject="step",
+    again="step_again",
+    judge_memory=memory.judge_step,
+    full=Protocol(case_seconds=24.0, budget_seconds=300.0),
+)
+
 if __name__ == "__main__":
-    driver.run("cpu", __doc__.splitlines()[0], CASES, contestants, "step", "step_again")
+    driver.run(BENCHMARK)

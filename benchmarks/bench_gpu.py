@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import dataclasses
 
-from harness import gpu_driver, gpu_floors, gpu_steps
-from harness.contestant import Contestant
+from harness import driver, gpu_floors, gpu_memory, gpu_steps, places
+from harness.contestant import Absent, Contestant
 from harness.gpu_case import GpuCase
+from harness.protocol import Protocol
 
 _CAPTURED = ("eager_graph", "compiled", "hand_graph")
 _ALL = ("eager", "eager_fused", *_CAPTURED, "hand", "jax")
@@ -59,13 +60,17 @@ CASES = (
 
 def contestants() -> list[Contestant]:
     return [
-        gpu_steps.Eager("eager", "eager"),
+        gpu_steps.Eager("eager", "eager", note="foreach, as it comes"),
+        gpu_steps.Eager("eager_forloop", "eager, SGD(foreach=False)", foreach=False, fused=False),
         gpu_steps.Eager("eager_fused", "eager, SGD(fused=True)", fused=True),
         gpu_steps.EagerInGraph("eager_graph", "eager in a CUDA graph"),
         gpu_steps.Compiled("compiled", "torch.compile, reduce-overhead"),
         gpu_steps.Hand("hand", "torch by hand", note="no autograd, GEMM into the weight"),
         gpu_steps.HandInGraph("hand_graph", "torch by hand in a CUDA graph"),
         gpu_steps.Jax("jax", "JAX jit, donated parameters", note="timed by the host's clock"),
+        gpu_steps.JaxScan("jax_scan", "JAX, lax.scan", note="timed by the host's clock"),
+        Absent("numpy", "NumPy", "it has no GPU: bench_cpu.py has it"),
+        Absent("sklearn", "scikit-learn partial_fit", "it has no GPU: bench_cpu.py has it"),
         gpu_steps.Step("step", "fused_step step()"),
         gpu_steps.Step("step_again", "fused_step step(), again", note="A/A"),
         gpu_steps.StepInGraph("step_graph", "fused_step step() in a CUDA graph"),
@@ -89,5 +94,19 @@ def _rehearsal(case: GpuCase) -> GpuCase:
     )
 
 
+BENCHMARK = driver.Benchmark(
+    kind="gpu",
+    description=__doc__,
+    cases=CASES,
+    contestants=contestants,
+    subject="step",
+    again="step_again",
+    judge_memory=gpu_memory.judge,
+    place=places.Gpu(),
+    full=Protocol(budget_seconds=480.0),
+    quick=Protocol(rounds=8, case_seconds=4.0, budget_seconds=120.0),
+    rehearsed=_rehearsal,
+)
+
 if __name__ == "__main__":
-    gpu_driver.run("gpu", __doc__, CASES, contestants, "step", "step_again", _rehearsal)
+    driver.run(BENCHMARK)

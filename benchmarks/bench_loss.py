@@ -6,12 +6,11 @@ Usage: python benchmarks/bench_loss.py [--quick] [--cases NAME,...] [--rounds N]
 
 from __future__ import annotations
 
-import functools
-
 from harness import driver, floors, memory
 from harness.case import Case
 from harness.contestant import Contestant
 from harness.loss_steps import Compiled, LossAndGradients, fused_loss, torch_loss
+from harness.protocol import Protocol
 
 # The targets name contestants by key: see contestants() below, and Target in harness/case.py.
 CASES = tuple(
@@ -29,25 +28,29 @@ CASES = tuple(
 )
 
 
-def contestants(threads: int) -> list[Contestant]:
+def contestants() -> list[Contestant]:
     return [
         LossAndGradients("eager", "F.mse_loss(F.linear)", torch_loss),
         Compiled("compiled", "F.mse_loss(F.linear), compiled", torch_loss),
         LossAndGradients("loss", "linear_mse_loss", fused_loss, ours=True),
         LossAndGradients("loss_again", "linear_mse_loss, again", fused_loss, "A/A", ours=True),
         Compiled("loss_compiled", "linear_mse_loss, compiled", fused_loss),
+        floors.CallFloor("floor_call", "floor: a call"),
         floors.ReadFloor("floor_read", "floor: one read of x"),
         floors.GemmFloor("floor_gemm", "floor: two GEMMs"),
     ]
 
 
+BENCHMARK = driver.Benchmark(
+    kind="loss",
+    description=__doc__,
+    cases=CASES,
+    contestants=contestants,
+    subject="loss",
+    again="loss_again",
+    judge_memory=memory.judge_loss,
+    full=Protocol(case_seconds=16.0, budget_seconds=130.0),
+)
+
 if __name__ == "__main__":
-    driver.run(
-        "loss",
-        __doc__.splitlines()[0],
-        CASES,
-        contestants,
-        "loss",
-        "loss_again",
-        functools.partial(memory.measure, of="loss"),
-    )
+    driver.run(BENCHMARK)

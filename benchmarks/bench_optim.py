@@ -11,6 +11,7 @@ from harness import driver
 from harness.contestant import Contestant
 from harness.optim_case import OptimCase, resnet50_shapes
 from harness.optim_steps import CallFloor, OptimStep, TriadFloor
+from harness.protocol import Protocol
 
 import fused_step
 
@@ -43,7 +44,7 @@ CASES = (
 )
 
 
-def contestants(threads: int) -> list[Contestant]:
+def contestants() -> list[Contestant]:
     torchs = torch.optim.SGD
     return [
         OptimStep("forloop", "torch, for-loop", torchs, foreach=False, fused=False),
@@ -56,13 +57,15 @@ def contestants(threads: int) -> list[Contestant]:
     ]
 
 
+BENCHMARK = driver.Benchmark(
+    kind="optim",
+    description=__doc__,
+    cases=CASES,
+    contestants=contestants,
+    subject="ours",
+    again="ours_again",
+    full=Protocol(case_seconds=16.0, budget_seconds=80.0),
+)
+
 if __name__ == "__main__":
-    driver.run(
-        "optim",
-        __doc__.splitlines()[0],
-        CASES,
-        contestants,
-        "ours",
-        "ours_again",
-        measure_memory=None,
-    )
+    driver.run(BENCHMARK)

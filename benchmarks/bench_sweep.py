@@ -18,7 +18,7 @@ OUTPUTS = tuple(Case(2048, 512, 4**k, note="outputs") for k in range(6))
 RUNS = (1, 10, 100, 1000)  # steps in one call of run()
 
 
-def contestants(threads: int) -> list[Contestant]:
+def contestants() -> list[Contestant]:
     return [
         torch_steps.Eager("eager", "eager"),
         torch_steps.HandWritten("hand", "torch by hand"),
@@ -31,13 +31,16 @@ def contestants(threads: int) -> list[Contestant]:
     ]
 
 
+BENCHMARK = driver.Benchmark(
+    kind="sweep",
+    description=__doc__,
+    cases=ROWS + INPUTS + OUTPUTS,
+    contestants=contestants,
+    subject="step",
+    again="step_again",
+    with_memory=False,
+    full=Protocol(rounds=12, case_seconds=6.0, budget_seconds=170.0),
+)
+
 if __name__ == "__main__":
-    driver.run(
-        "sweep",
-        __doc__.splitlines()[0],
-        ROWS + INPUTS + OUTPUTS,
-        contestants,
-        "step",
-        "step_again",
-        full=Protocol(rounds=12, case_seconds=6.0),
-    )
+    driver.run(BENCHMARK)

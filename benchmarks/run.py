@@ -1,47 +1,59 @@
 # SPDX-License-Identifier: MIT
 """Runs benchmarks one after the other.
 
-Usage: python benchmarks/run.py [cpu|loss|optim|sweep|gpu|all] [--quick] [--out DIR] ...
+Usage: python benchmarks/run.py [cpu|cold|loss|optim|sweep|gpu|all] [--quick] [--out DIR] ...
 
-Everything after the name goes to the script bench_NAME.py. `all` is all that this machine can run:
-`gpu` only where torch finds a GPU. Ctrl-C ends the current one, which keeps what is done, and
-leaves out the rest.
+Everything after the name goes to the script bench_NAME.py; `cold` is bench_cpu.py --cold. `all` is
+all that this machine can run: `gpu` only where torch finds a GPU. Ctrl-C ends the current one,
+which keeps what is done, and leaves out the rest.
 """
 
 from __future__ import annotations
 
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 BENCHMARKS = Path(__file__).resolve().parent
-NAMES = ("cpu", "loss", "optim", "sweep", "gpu")
+# The script of each, and what it is given first.
+SCRIPTS = {
+    "cpu": ("bench_cpu.py",),
+    "cold": ("bench_cpu.py", "--cold"),
+    "loss": ("bench_loss.py",),
+    "optim": ("bench_optim.py",),
+    "sweep": ("bench_sweep.py",),
+    "gpu": ("bench_gpu.py",),
+}
 
 
 def available() -> list[str]:
-    """The benchmarks that exist and that this machine can run."""
+    """The benchmarks that this machine can run."""
     import torch
 
-    names = [name for name in NAMES if (BENCHMARKS / f"bench_{name}.py").is_file()]
-    return names if torch.cuda.is_available() else [name for name in names if name != "gpu"]
+    on_gpu = torch.cuda.is_available()
+    return [name for name in SCRIPTS if on_gpu or not name.startswith("gpu")]
 
 
 def main() -> int:
     name, *options = sys.argv[1:] or ["all"]
     if name.startswith("-"):
         name, options = "all", [name, *options]
-    if name not in (*NAMES, "all"):
-        print(f"run.py: expected one of {', '.join((*NAMES, 'all'))}, got {name!r}")
+    if name not in (*SCRIPTS, "all"):
+        print(f"run.py: expected one of {', '.join((*SCRIPTS, 'all'))}, got {name!r}")
         return 2
+    began = time.monotonic()
     for chosen in available() if name == "all" else [name]:
-        script = BENCHMARKS / f"bench_{chosen}.py"
-        print(f"== {script.name} {' '.join(options)}", flush=True)
+        script, *first = SCRIPTS[chosen]
+        print(f"== {script} {' '.join([*first, *options])}", flush=True)
         try:
-            status = subprocess.run([sys.executable, str(script), *options]).returncode
+            command = [sys.executable, str(BENCHMARKS / script), *first, *options]
+            status = subprocess.run(command).returncode
         except KeyboardInterrupt:
             status = 130
         if status:
             return status
+    print(f"== {time.monotonic() - began:.0f} s in all")
     return 0
 
 

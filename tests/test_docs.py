@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from harness import page, readme, results, tables
+
 ROOT = Path(__file__).resolve().parents[1]
 BENCHMARKS = ROOT / "benchmarks"
 
@@ -28,12 +30,26 @@ def test_counted_operators_and_bytes_are_those_of_the_page():
     assert in_page == by_script
 
 
-def test_page_of_results_is_what_the_committed_results_give():
-    sys.path.insert(0, str(BENCHMARKS))
-    from harness import page, results
+def committed_results() -> list[dict]:
+    return [results.load(path) for path in sorted((BENCHMARKS / "results").glob("*.json"))]
 
-    loaded = [results.load(path) for path in sorted((BENCHMARKS / "results").glob("*.json"))]
-    text = page.text(loaded, "../benchmarks/results", "images")
+
+def test_figures_of_the_readme_are_those_of_the_committed_results():
+    by_kind = {result["kind"]: result for result in committed_results()}
+    text = (ROOT / "README.md").read_text()
+    assert text == readme.put_into(text, by_kind)
+    in_prose = re.sub(rf"{readme.BEGIN}.*?{readme.END}", "", text, flags=re.DOTALL)
+    assert re.findall(r"\d+(?:\.\d+)?×(?!\d)", in_prose) == []
+
+
+def test_tables_beside_the_committed_results_are_made_of_them():
+    for result in committed_results():
+        table = (BENCHMARKS / "results" / f"{result['kind']}.md").read_text()
+        assert table == tables.markdown(result), result["kind"]
+
+
+def test_page_of_results_is_what_the_committed_results_give():
+    text = page.text(committed_results(), "../benchmarks/results", "images")
     assert (ROOT / "docs/performance.md").read_text() == text
     for image in re.findall(r"!\[.*?\]\((.*?)\)", text):
         assert (ROOT / "docs" / image).is_file(), image

@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: MIT
 """The harness under every bench_*.py: cases, contestants, oracle, protocol, results, report.
 
-Importing this package imports neither torch nor fused_step, so that a contestant in a process of
-its own loads only what it needs.
+Importing this package imports neither torch nor fused_step: report.py needs none of them.
 """
+
+from pathlib import Path
+
+BENCHMARKS = Path(__file__).resolve().parent.parent

@@ -12,8 +12,6 @@ from typing import Any
 
 import numpy as np
 
-from harness.case import Data
-
 
 class Unavailable(Exception):
     """The contestant cannot take part here; the message is the reason, shown in the report."""
@@ -29,28 +27,42 @@ class Trajectory:
 
 
 class Contestant:
-    """One way to do the step, or (role `floor`) the least that a part of it can cost."""
+    """One way to do the step, or (role `floor`) the least that a part of it can cost.
+
+    Until prepare() it is its arguments alone and can be pickled: isolated.py sends it to a process
+    of its own.
+    """
 
     role = "contestant"
     ours = False  # True: held to the stricter tolerance, see oracle.py
-    isolated = False  # True: lives in another process, so the protocol lets thread pools settle
+    of_torch = True  # its buffers are those of torch's allocator, its threads torch's
+    own_process = False
+    # What takes long to import, done once for all processes. torch.optim imports the compiler.
+    imports: tuple[str, ...] = ("torch._dynamo",)
+    # How long its threads may spin after a turn. OpenMP's spin for a few ms after their last
+    # region, OpenBLAS's for about 30 ms; meanwhile they would take a core from who is next.
+    settle_seconds = 0.010
 
     def __init__(self, key: str, label: str, note: str = ""):
         self.key = key
         self.label = label
         self.note = note
 
-    def prepare(self, data: Data) -> None:
-        """Takes fresh weights from `data`. May raise Unavailable."""
+    def prepare(self, data: Any) -> None:
+        """Takes fresh weights from `data`, and compiles. May raise Unavailable."""
         raise NotImplementedError
 
-    def trajectory(self, steps: int) -> Trajectory | None:
+    def trajectory(self, steps: int) -> Any:
         """The first `steps` steps; None if there is nothing to compare (a floor)."""
         raise NotImplementedError
 
     def sample(self, steps: int) -> float:
         """Seconds that `steps` steps take."""
         raise NotImplementedError
+
+    def cold_sample(self, steps: int) -> float:
+        """The same, each step with empty caches."""
+        raise NotImplementedError(f"{self.key}: not in a process whose caches may be emptied")
 
     def last_loss(self) -> float | None:
         """The loss of the last step taken; the protocol checks that it is still finite."""
@@ -60,23 +72,40 @@ class Contestant:
         """Facts for the report that are known only after a call, such as the plan taken."""
         return {}
 
+    def touch_libraries(self, data: Any) -> None:
+        """Lets a library allocate what it keeps for products of this size: that is not a step's."""
+
+    def ready(self, steps: int) -> None:
+        """Compiles what sample(steps) runs, where that depends on their number."""
+
     def release(self) -> None:
         """Drops what prepare() made."""
 
 
-class InProcess(Contestant):
-    """A contestant that is a function `step(x, target) -> loss` in this process."""
+class Absent(Contestant):
+    """One that cannot take part in this benchmark: it is listed with the reason."""
 
-    def prepare(self, data: Data) -> None:
+    def __init__(self, key: str, label: str, reason: str):
+        super().__init__(key, label)
+        self._reason = reason
+
+    def prepare(self, data: Any) -> None:
+        raise Unavailable(self._reason)
+
+
+class PerCall(Contestant):
+    """A contestant that is a function `step(x, target) -> loss`."""
+
+    def prepare(self, data: Any) -> None:
         self._arguments = self.arguments(data)
         self._call: Callable[[Any, Any], Any] = self.build(data)
         self._loss: Any = None
 
-    def arguments(self, data: Data) -> tuple[Any, Any]:
+    def arguments(self, data: Any) -> tuple[Any, Any]:
         """The (x, target) that the step is called with."""
         return data.tensors
 
-    def build(self, data: Data) -> Callable[[Any, Any], Any]:
+    def build(self, data: Any) -> Callable[[Any, Any], Any]:
         raise NotImplementedError
 
     def parameters(self) -> tuple[np.ndarray, np.ndarray]:

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 
 from harness.case import Data
-from harness.contestant import Contestant, InProcess, Trajectory, Unavailable, collector_off
-from harness.torch_steps import linear_parameters, make_linear
+from harness.contestant import Contestant, Trajectory, Unavailable, collector_off
+from harness.torch_steps import TorchStep, linear_parameters, make_linear, two_products
 
 _MAX_FLOPS_OF_A_CALL = 5e9  # about 0.1 s
 
@@ -28,10 +28,11 @@ def make_train_step(data: Data) -> tuple[torch.nn.Linear, Any]:
     return model, fused_step.TrainStep(model, torch.nn.MSELoss(), optimizer)
 
 
-class Step(InProcess):
+class Step(TorchStep):
     """`loss = step(input, target)`."""
 
     ours = True
+    imports = ("torch._dynamo", "fused_step")
 
     def build(self, data: Data) -> Callable[[Any, Any], Any]:
         self._model, self._step = make_train_step(data)
@@ -52,6 +53,9 @@ class Run(Contestant):
     """`losses = step.run(inputs, targets, epochs=n, batch_size=B)` on B rows: n steps on B rows."""
 
     ours = True
+
+    def touch_libraries(self, data: Data) -> None:
+        two_products(data)
 
     def prepare(self, data: Data) -> None:
         self._batch = data.case.batch

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -44,7 +45,12 @@ class GpuCase(Case):
         if not self.cold or self.device == "cpu":
             return 1
         l2 = torch.cuda.get_device_properties(self.device).L2_cache_size
-        return min(_MAX_COPIES, max(1, math.ceil(_TIMES_L2 * l2 / self.input_bytes)))
+        return copies_beyond(l2, self.input_bytes)
+
+
+def copies_beyond(cache_bytes: int, input_bytes: int) -> int:
+    """How many copies of the data it takes that none is left in the cache when its turn comes."""
+    return min(_MAX_COPIES, max(1, math.ceil(_TIMES_L2 * cache_bytes / input_bytes)))
 
 
 class GpuData:
@@ -52,6 +58,7 @@ class GpuData:
 
     def __init__(self, case: GpuCase, seed: int):
         self.case = case
+        self.seed = seed
         self.dtype = getattr(torch, case.dtype)
         generator = torch.Generator(case.device).manual_seed(seed)
         B, I, O, n = case.batch, case.inputs, case.outputs, case.copies
@@ -82,8 +89,9 @@ class GpuData:
 class Span:
     """Seconds between the begin and the end of a block, on the device's own clock."""
 
-    def __init__(self, device: str):
+    def __init__(self, device: str, make_event: Callable[[], Any] | None = None):
         self._on_gpu = device != "cpu"
+        self._make_event = make_event or functools.partial(torch.cuda.Event, enable_timing=True)
         self.seconds = 0.0
 
     @contextlib.contextmanager
@@ -93,7 +101,7 @@ class Span:
             yield
             self.seconds = time.perf_counter() - start
             return
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin, end = self._make_event(), self._make_event()
         begin.record()
         yield
         end.record()

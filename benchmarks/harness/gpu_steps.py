@@ -24,6 +24,8 @@ StepOf = Callable[[int], torch.Tensor]
 class GpuContestant(Contestant):
     """`build` makes the step; `parameters` are changed by it in place."""
 
+    settle_seconds = 0.0  # a sample ends when the device has nothing left to do
+
     def prepare(self, data: GpuData) -> None:
         self._data = data
         self._loss: torch.Tensor | None = None
@@ -55,7 +57,11 @@ class GpuContestant(Contestant):
         return span.seconds
 
     def last_loss(self) -> float | None:
-        return None if self._loss is None else float(self._loss)
+        return None if self._loss is None else float(self._loss.detach())
+
+    def own_peak(self) -> int | None:
+        """Bytes of a step, where they are not torch's allocator's."""
+        return None
 
     def release(self) -> None:
         self._step = self._data = self._loss = None
@@ -228,6 +234,9 @@ class Compiled(Hand):
 class Jax(Contestant):
     """jax.jit with donated parameters, on the same memory by DLPack; float32 without TF32."""
 
+    of_torch = False
+    settle_seconds = 0.0
+
     def prepare(self, data: GpuData) -> None:
         # Else JAX takes three quarters of the GPU's memory for itself.
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
@@ -254,6 +263,7 @@ class Jax(Contestant):
         def shared(t: torch.Tensor) -> Any:
             return jax.dlpack.from_dlpack(t.detach())
 
+        self._function = step
         self._call = jax.jit(step, donate_argnums=(0, 1))
         self._batches = [(shared(x), shared(t)) for x, t in data.batches]
         # Copies: what is donated is overwritten.
@@ -289,8 +299,71 @@ class Jax(Contestant):
     def last_loss(self) -> float | None:
         return None if self._loss is None else float(self._loss)
 
+    def own_peak(self) -> int | None:
+        """What XLA has planned: the peak of JAX's allocator cannot be reset."""
+        compiled = self._call.lower(*self._parameters, *self._batches[0]).compile()
+        planned = compiled.memory_analysis()
+        if planned is None:
+            raise RuntimeError("XLA tells nothing of its memory here")
+        written = planned.output_size_in_bytes - planned.alias_size_in_bytes
+        return planned.temp_size_in_bytes + written
+
     def release(self) -> None:
         self._call = self._batches = self._parameters = self._loss = self._data = None
+
+
+class JaxScan(Jax):
+    """Many steps in one jitted call, by jax.lax.scan; compiled once for each number of steps.
+
+    All of them on the first batch: a scan over copies would copy them.
+    """
+
+    def prepare(self, data: GpuData) -> None:
+        if len(data.batches) > 1:
+            raise Unavailable("lax.scan steps on one batch: its rows would stay in L2")
+        super().prepare(data)
+        jax, one = self._jax, self._function
+
+        def many(parameters: Any, x: Any, target: Any, steps: int) -> tuple[Any, Any]:
+            def body(state: Any, _: Any) -> tuple[Any, Any]:
+                loss, *state = one(*state, x, target)
+                return tuple(state), loss
+
+            return jax.lax.scan(body, tuple(parameters), length=steps)
+
+        self._jitted = jax.jit(many, donate_argnums=0, static_argnums=3)
+        self._compiled: dict[int, Any] = {}  # by the number of steps
+
+    def _run(self, steps: int) -> Any:
+        """Takes them and returns their losses."""
+        self.ready(steps)
+        call = self._compiled[steps]
+        self._parameters, losses = call(tuple(self._parameters), *self._batches[0])
+        return losses
+
+    def ready(self, steps: int) -> None:
+        arguments = (tuple(self._parameters), *self._batches[0])
+        if steps not in self._compiled:
+            self._compiled[steps] = self._jitted.lower(*arguments, steps).compile()
+
+    def trajectory(self, steps: int) -> Any:
+        losses = torch.utils.dlpack.from_dlpack(self._run(steps)).clone()
+        weight, bias = (torch.utils.dlpack.from_dlpack(p).clone() for p in self._parameters)
+        return GpuTrajectory(losses, weight, bias)
+
+    def sample(self, steps: int) -> float:
+        self.ready(steps)
+        span = Span("cpu")
+        self._jax.block_until_ready(self._parameters)
+        with collector_off(), span.measured():
+            losses = self._run(steps)
+            self._jax.block_until_ready((losses, self._parameters))
+        self._loss = losses[-1]
+        return span.seconds
+
+    def release(self) -> None:
+        super().release()
+        self._jitted = self._compiled = self._function = None
 
 
 def _train_step(model: torch.nn.Linear, rate: float) -> Any:

@@ -45,11 +45,20 @@ def _make_step(jax: Any, case: Case) -> Callable[[State, Any, Any], tuple[State,
 class JaxStep(Contestant):
     """One call of a jitted step with donated parameters, ended by a wait for the last one."""
 
+    of_torch = False
+    imports = ("jax",)
+    settle_seconds = 0.050
+
     def prepare(self, data: Data) -> None:
         jax = self._jax = _import_jax()
-        self._step = jax.jit(_make_step(jax, data.case), donate_argnums=0)
         self._x, self._target = jax.numpy.asarray(data.x), jax.numpy.asarray(data.target)
         self._state: State = (jax.numpy.array(data.weight), jax.numpy.array(data.bias))
+        step = jax.jit(_make_step(jax, data.case), donate_argnums=0)
+        # Another state: the call compiles, and what is donated is gone.
+        state = jax.tree.map(jax.numpy.copy, self._state)
+        jax.block_until_ready(step(state, self._x, self._target))
+        del state
+        self._step = step
         self._loss: Any = None
 
     def trajectory(self, steps: int) -> Trajectory:
@@ -91,16 +100,27 @@ class JaxScan(JaxStep):
         def many(state: State, x: Any, target: Any, steps: int) -> tuple[State, Any]:
             return jax.lax.scan(lambda s, _: one(s, x, target), state, length=steps)
 
-        self._many = jax.jit(many, donate_argnums=0, static_argnums=3)
+        self._jitted = jax.jit(many, donate_argnums=0, static_argnums=3)
+        self._compiled: dict[int, Any] = {}  # by the number of steps
+
+    def _many(self, steps: int) -> Any:
+        if steps not in self._compiled:
+            lowered = self._jitted.lower(self._state, self._x, self._target, steps)
+            self._compiled[steps] = lowered.compile()
+        return self._compiled[steps]
+
+    def ready(self, steps: int) -> None:
+        self._many(steps)
 
     def trajectory(self, steps: int) -> Trajectory:
-        self._state, losses = self._many(self._state, self._x, self._target, steps)
+        self._state, losses = self._many(steps)(self._state, self._x, self._target)
         return Trajectory(np.array(losses), *(np.array(p) for p in self._state))
 
     def sample(self, steps: int) -> float:
+        many = self._many(steps)
         with collector_off():
             start = time.perf_counter_ns()
-            self._state, losses = self._many(self._state, self._x, self._target, steps)
+            self._state, losses = many(self._state, self._x, self._target)
             self._jax.block_until_ready((self._state, losses))
             stop = time.perf_counter_ns()
         self._loss = losses[-1]
@@ -108,4 +128,4 @@ class JaxScan(JaxStep):
 
     def release(self) -> None:
         super().release()
-        self._many = None
+        self._jitted = self._compiled = None

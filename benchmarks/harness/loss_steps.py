@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 
 from harness.case import Data
-from harness.contestant import InProcess, Trajectory, Unavailable
-from harness.torch_steps import linear_parameters, make_linear
+from harness.contestant import Trajectory, Unavailable
+from harness.torch_steps import TorchStep, linear_parameters, make_linear
 
 Loss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -50,7 +50,7 @@ def make_step(model: torch.nn.Linear, loss_of: Loss) -> Callable[[Any, Any], Any
     return step
 
 
-class LossAndGradients(InProcess):
+class LossAndGradients(TorchStep):
     """Forward and backward. In the check, gradients that were off would lead the weights astray."""
 
     def __init__(self, key: str, label: str, loss_of: Loss, note: str = "", ours: bool = False):
@@ -81,8 +81,13 @@ class LossAndGradients(InProcess):
 class Compiled(LossAndGradients):
     """The same by torch.compile's default backend."""
 
+    imports = ("torch._inductor.compile_fx",)
+
     def build(self, data: Data) -> Callable[[Any, Any], Any]:
         torch._dynamo.reset()
         self._model = make_linear(data)
         self._rate = data.case.learning_rate
-        return make_step(self._model, torch.compile(self._loss_of, fullgraph=True, dynamic=False))
+        compiled = torch.compile(self._loss_of, fullgraph=True, dynamic=False)
+        # Another model's gradients: compiling is no part of a step.
+        make_step(make_linear(data), compiled)(*data.tensors)
+        return make_step(self._model, compiled)

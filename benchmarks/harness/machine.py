@@ -77,7 +77,8 @@ def versions() -> dict[str, str]:
 
 
 def commit(root: Path) -> dict:
-    """The commit of the sources at `root`, and whether tracked files differ from it."""
+    """The commit of the sources at `root`, and whether tracked files differ from it. Results do not
+    count: a benchmark writes them before the next one begins."""
 
     def git(*arguments: str) -> str | None:
         try:
@@ -88,5 +89,6 @@ def commit(root: Path) -> dict:
             return None
         return done.stdout.strip()
 
-    changes = git("status", "--porcelain", "--untracked-files=no")
+    but_results = [":(top)", ":(top,exclude)benchmarks/results"]
+    changes = git("status", "--porcelain", "--untracked-files=no", "--", *but_results)
     return {"hash": git("rev-parse", "HEAD"), "dirty": None if changes is None else bool(changes)}

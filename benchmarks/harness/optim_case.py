@@ -66,6 +66,11 @@ class OptimCase:
     def flops(self) -> int:
         return self.elements * (4 if self.momentum else 2)
 
+    @property
+    def tiny(self) -> OptimCase:
+        """A case that loads and starts all that this one needs, and holds next to nothing."""
+        return dataclasses.replace(self, shapes=((4, 4), (4,)), targets=())
+
     def make_data(self, seed: int) -> OptimData:
         return OptimData(self, seed)
 
@@ -79,6 +84,7 @@ class OptimData:
     def __init__(self, case: OptimCase, seed: int):
         generator = torch.Generator().manual_seed(seed)
         self.case = case
+        self.seed = seed
         self.start = [torch.randn(shape, generator=generator) for shape in case.shapes]
         self.grads = [torch.randn(shape, generator=generator) for shape in case.shapes]
 

@@ -3,10 +3,15 @@
 
 from __future__ import annotations
 
-from harness import report
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from harness import BENCHMARKS, curves, pictures, readme, report, side_by_side, tables
 
 _TITLES = {
     "cpu": "A training step of a linear layer, on the CPU",
+    "cpu-cold": "The same with cold caches",
     "loss": "Loss and gradients: linear_mse_loss, on the CPU",
     "optim": "The optimizer: fused_step.SGD, on the CPU",
     "sweep": "How a step grows, on the CPU",
@@ -15,10 +20,10 @@ _TITLES = {
 _INTRODUCTION = """\
 # Performance
 
-Made from the committed result files by `python benchmarks/report.py benchmarks/results --page
-docs/performance.md`. How it is measured: [benchmarks/README.md](../benchmarks/README.md); why it
-comes out so: [how-it-is-fast.md](how-it-is-fast.md). Times are medians (p20 to p80), ratios medians
-of the ratios of interleaved rounds. A target that was missed says **no**.
+Made from the committed result files by `python benchmarks/report.py benchmarks/results --publish`.
+How it is measured: [benchmarks/README.md](../benchmarks/README.md); why it comes out so:
+[how-it-is-fast.md](how-it-is-fast.md). Times are medians (p20 to p80), ratios medians of the ratios
+of interleaved rounds. A target that was missed says **no**.
 """
 _NO_GPU = """
 ## On a GPU
@@ -27,7 +32,26 @@ No result of a GPU has been committed: nothing is claimed.
 """
 
 
-def text(results: list[dict], folder_of_results: str, folder_of_images: str) -> str:
+def publish(results: Sequence[dict], folder: Path) -> list[Path]:
+    """Writes the page and its pictures, and the README's section; of complete results alone."""
+    for result in results:
+        if result["quick"] or not result["complete"]:
+            raise SystemExit(f"not published: the result of {result['kind']} is not a complete one")
+    root = BENCHMARKS.parent
+    page, images, front = root / "docs/performance.md", root / "docs/images", root / "README.md"
+    images.mkdir(parents=True, exist_ok=True)
+    written = [page, front]
+    for result in results:
+        written += report.write_pictures(result, images, result["kind"])
+    if runs := side_by_side.comparable(results):
+        written += report.write_side_by_side(runs, images / f"{side_by_side.NAME}.png")
+    page.write_text(text(results, os.path.relpath(folder, page.parent), images.name))
+    by_kind = {result["kind"]: result for result in results}
+    front.write_text(readme.put_into(front.read_text(), by_kind))
+    return written
+
+
+def text(results: Sequence[dict], folder_of_results: str, folder_of_images: str) -> str:
     """The whole page. Both folders are as seen from the page."""
     by_kind = {result["kind"]: result for result in results}
     parts = [_INTRODUCTION]
@@ -36,16 +60,31 @@ def text(results: list[dict], folder_of_results: str, folder_of_images: str) -> 
             parts.append(_section(by_kind[kind], title, folder_of_results, folder_of_images))
     if "gpu" not in by_kind:
         parts.append(_NO_GPU)
+    if runs := side_by_side.comparable(results):
+        image = f"![Speed-ups by device]({folder_of_images}/{side_by_side.NAME}.png)"
+        parts.append("\n".join(["", "#" + side_by_side.lines(runs)[0], "", image, ""]))
     return "".join(parts)
 
 
 def _section(result: dict, title: str, folder_of_results: str, folder_of_images: str) -> str:
     kind = result["kind"]
-    lines = ["", f"## {title}", "", *report.header_lines(result)[2:], ""]
-    lines += [f"![{title}]({folder_of_images}/{kind}.png)", ""]
-    lines += report.target_lines(result)[5:]
+    lines = ["", f"## {title}", "", *tables.header_lines(result)[2:], ""]
+    for name, what in _pictures(result).items():
+        lines += [f"![{title}: {what}]({folder_of_images}/{name}.png)", ""]
+    lines += tables.target_lines(result["cases"])[5:]
     lines += [
         "",
         f"Every row, with its spread and its floors: [{kind}.md]({folder_of_results}/{kind}.md).",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _pictures(result: dict) -> dict[str, str]:
+    """Name and subject of those that report.write_pictures makes of it."""
+    kind = result["kind"]
+    if curves.has_curves(result):
+        return {kind: "time against size, and the roofline"}
+    made = {kind: "times and the roofline", f"{kind}-speedup": "times as long as fused_step takes"}
+    if pictures.has_memory(result):
+        made[f"{kind}-memory"] = "memory"
+    return made

@@ -13,15 +13,14 @@ from typing import Any
 
 import numpy as np
 
-from harness.case import MICROSECOND, Case
+from harness.case import MICROSECOND
 from harness.contestant import Contestant, Unavailable
 from harness.oracle import STEPS, Check
 
-# OpenMP's threads spin for a few ms after their last region, OpenBLAS's for about 30 ms; a thread
-# that spins in one process would take a core from the contestant in the other.
-_SETTLE_BEFORE_ISOLATED = 0.010
-_SETTLE_AFTER_ISOLATED = 0.050
-_MIN_ROUNDS = 5
+Say = Callable[[str, int, int], None]  # what goes on, rounds done, rounds wanted
+
+MIN_ROUNDS = 5  # within twice the time of a case; beyond it one is enough
+_COLD_STEPS = 3  # of a sample: emptying the caches takes longer than most steps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,10 +30,28 @@ class Protocol:
     rounds: int = 40
     batch_seconds: float = 0.02  # a sample is at least that long, or one step
     case_seconds: float = 30.0  # no further round begins after that, once 5 are done
+    budget_seconds: float = 600.0  # for all cases together, memory included
     seed: int = 0
+    cold: bool = False  # every step finds the caches empty
 
     def as_json(self) -> dict:
         return dataclasses.asdict(self)
+
+
+class Budget:
+    """Shares what is left of the time equally among the cases that are left."""
+
+    def __init__(self, seconds: float, cases: int, now: Callable[[], float] = time.monotonic):
+        self._end = now() + seconds
+        self._cases = cases
+        self._now = now
+
+    def next_case(self) -> float | None:
+        """Seconds for the next case; None if there are none left."""
+        left = self._end - self._now()
+        share = left / max(1, self._cases)
+        self._cases -= 1
+        return share if left > 0 else None
 
 
 @dataclasses.dataclass
@@ -48,6 +65,7 @@ class Entry:
     steps_per_sample: int = 1
     seconds: list[float] = dataclasses.field(default_factory=list)  # per step, one a round
     facts: dict[str, str] = dataclasses.field(default_factory=dict)
+    memory: dict | None = None
 
     def out(self, status: str, reason: str) -> None:
         self.status, self.reason = status, reason
@@ -58,7 +76,7 @@ class Entry:
 class Measured:
     """A case with its entries; all entries that are `ok` have one sample for each round."""
 
-    case: Case
+    case: Any
     entries: list[Entry]
     rounds: int = 0
     interrupted: bool = False
@@ -72,10 +90,59 @@ class Measured:
                 return np.array(entry.seconds[: self.rounds])
         return None
 
+    def running(self) -> list[Entry]:
+        return [entry for entry in self.entries if entry.status == "ok"]
 
-def _failure(error: Exception) -> str:
+
+def failure(error: Exception) -> str:
     lines = str(error).splitlines()
     return f"{type(error).__name__}: {lines[0] if lines else ''}"
+
+
+def measure(
+    case: Any,
+    contestants: Sequence[Contestant],
+    protocol: Protocol,
+    say: Say,
+    seconds: float = math.inf,
+) -> Measured:
+    """Times `contestants` on `case`. Ctrl-C ends it early with the rounds that are complete.
+
+    Args:
+        case: what to time.
+        contestants: who takes part; released at the end.
+        protocol: rounds and limits.
+        say: told what goes on.
+        seconds: for all of that: no further round begins after it once there are MIN_ROUNDS, nor
+            after twice as long once there is one.
+    """
+    measured = Measured(case, [Entry(contestant) for contestant in contestants])
+    began = time.monotonic()
+    try:
+        _check_all(measured, protocol, say)
+        _warm_up_all(measured, protocol, say)
+        _time_rounds(measured, protocol, say, began, seconds)
+    except KeyboardInterrupt:
+        measured.interrupted = True
+    finally:
+        for entry in measured.entries:
+            entry.contestant.release()
+        gc.unfreeze()
+        gc.collect()
+    return measured
+
+
+def _check_all(measured: Measured, protocol: Protocol, say: Say) -> None:
+    """Prepares everybody; who does not compute what the float64 loop does is out."""
+    say("data and float64 reference", 0, protocol.rounds)
+    data = measured.case.make_data(protocol.seed)
+    oracle = measured.case.make_oracle(data)
+    for entry in measured.entries:
+        say(f"check: {entry.contestant.label}", 0, protocol.rounds)
+        _prepare_and_check(entry, data, oracle)
+    del data, oracle
+    gc.collect()
+    gc.freeze()  # what lives now is not looked at again by a collection between samples
 
 
 def _prepare_and_check(entry: Entry, data: Any, oracle: Any) -> None:
@@ -92,14 +159,24 @@ def _prepare_and_check(entry: Entry, data: Any, oracle: Any) -> None:
     except AssertionError as error:
         entry.out("wrong", str(error))
     except Exception as error:
-        entry.out("error", _failure(error))
+        entry.out("error", failure(error))
+    if entry.status != "ok":
+        contestant.release()
 
 
-def _settle(before: Contestant | None, after: Contestant) -> None:
-    if before is not None and before.isolated:
-        time.sleep(_SETTLE_AFTER_ISOLATED)
-    elif after.isolated:
-        time.sleep(_SETTLE_BEFORE_ISOLATED)
+def _warm_up_all(measured: Measured, protocol: Protocol, say: Say) -> None:
+    for entry in measured.running():
+        say(f"warm-up: {entry.contestant.label}", 0, protocol.rounds)
+        try:
+            if protocol.cold:
+                entry.steps_per_sample = _COLD_STEPS
+                _sample(entry, protocol)
+            else:
+                _warm_up(entry, protocol.batch_seconds)
+            entry.facts = entry.contestant.describe()
+        except Exception as error:
+            entry.out("error", failure(error))
+        time.sleep(entry.contestant.settle_seconds)
 
 
 def _warm_up(entry: Entry, batch_seconds: float) -> None:
@@ -120,88 +197,45 @@ def _warm_up(entry: Entry, batch_seconds: float) -> None:
             return
 
 
-def _timed_turn(entry: Entry) -> float:
-    """One sample in seconds per step, after an untimed one.
+def _sample(entry: Entry, protocol: Protocol) -> float:
+    """Seconds of one sample."""
+    contestant, steps = entry.contestant, entry.steps_per_sample
+    return contestant.cold_sample(steps) if protocol.cold else contestant.sample(steps)
+
+
+def _timed_turn(entry: Entry, protocol: Protocol) -> float:
+    """One sample in seconds per step, after an untimed one unless the caches are to be cold.
 
     That brings back this one's data, and the clock: after other work the processor here does 2.9
     vector FMAs per nanosecond at first, and 5.2 some 20 ms later.
     """
-    steps = entry.steps_per_sample
-    entry.contestant.sample(steps)
-    return entry.contestant.sample(steps) / steps
+    if not protocol.cold:
+        _sample(entry, protocol)
+    return _sample(entry, protocol) / entry.steps_per_sample
 
 
-def measure(
-    case: Case,
-    contestants: Sequence[Contestant],
-    protocol: Protocol,
-    say: Callable[[str, int, int], None],
-) -> Measured:
-    """Times `contestants` on `case`. Ctrl-C ends it early with the rounds that are complete.
-
-    Args:
-        case: what to time.
-        contestants: who takes part; released at the end.
-        protocol: rounds and limits.
-        say: called with (what goes on, rounds done, rounds wanted).
-    """
-    measured = Measured(case, [Entry(contestant) for contestant in contestants])
-    try:
-        _measure(measured, protocol, say)
-    except KeyboardInterrupt:
-        measured.interrupted = True
-    finally:
-        for entry in measured.entries:
-            entry.contestant.release()
-        gc.unfreeze()
-        gc.collect()
-    return measured
-
-
-def _running(measured: Measured) -> list[Entry]:
-    return [entry for entry in measured.entries if entry.status == "ok"]
-
-
-def _measure(measured: Measured, protocol: Protocol, say: Callable[[str, int, int], None]) -> None:
-    say("data and float64 reference", 0, protocol.rounds)
-    data = measured.case.make_data(protocol.seed)
-    oracle = measured.case.make_oracle(data)
-    for entry in measured.entries:
-        say(f"check: {entry.contestant.label}", 0, protocol.rounds)
-        _prepare_and_check(entry, data, oracle)
-    gc.collect()
-    gc.freeze()  # what lives now is not looked at again by a collection between samples
-
-    previous: Contestant | None = None
-    for entry in _running(measured):
-        say(f"warm-up: {entry.contestant.label}", 0, protocol.rounds)
-        _settle(previous, entry.contestant)
-        try:
-            _warm_up(entry, protocol.batch_seconds)
-            entry.facts = entry.contestant.describe()
-        except Exception as error:
-            entry.out("error", _failure(error))
-        previous = entry.contestant
-
+def _time_rounds(
+    measured: Measured, protocol: Protocol, say: Say, began: float, seconds: float
+) -> None:
     order = random.Random(protocol.seed)
-    deadline = time.monotonic() + protocol.case_seconds
+    enough = min(began + seconds, time.monotonic() + protocol.case_seconds)
     while measured.rounds < protocol.rounds:
-        if measured.rounds >= _MIN_ROUNDS and time.monotonic() > deadline:
+        end = enough if measured.rounds >= MIN_ROUNDS else began + 2.0 * seconds
+        if measured.rounds and time.monotonic() > end:
             break
         # A new order each round, so that nobody always follows the same neighbour.
-        turns = _running(measured)
+        turns = measured.running()
         order.shuffle(turns)
         for entry in turns:
-            _settle(previous, entry.contestant)
             try:
-                entry.seconds.append(_timed_turn(entry))
+                entry.seconds.append(_timed_turn(entry, protocol))
             except Exception as error:
-                entry.out("error", _failure(error))
-            previous = entry.contestant
+                entry.out("error", failure(error))
+            time.sleep(entry.contestant.settle_seconds)
         measured.rounds += 1
         say("rounds", measured.rounds, protocol.rounds)
 
-    for entry in _running(measured):
+    for entry in measured.running():
         loss = entry.contestant.last_loss()
         if loss is not None and not math.isfinite(loss):
             entry.out("wrong", f"the loss became {loss} while it was timed")

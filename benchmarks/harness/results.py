@@ -7,8 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from harness import BENCHMARKS
 from harness.protocol import Entry, Measured
-from harness.remote import BENCHMARKS
 from harness.stats import Spread, aa_noise, is_equal
 
 SCHEMA_VERSION = 1
@@ -25,7 +25,7 @@ def _contestant(entry: Entry, measured: Measured, subject: str, noise: float | N
         "label": contestant.label,
         "role": contestant.role,
         "note": contestant.note,
-        "own_process": contestant.isolated,
+        "own_process": contestant.own_process,
         "status": entry.status,
         "reason": entry.reason,
         "facts": entry.facts,
@@ -37,6 +37,7 @@ def _contestant(entry: Entry, measured: Measured, subject: str, noise: float | N
         "gb_per_s": None,
         "gflop_per_s": None,
         "samples_us": [],
+        "memory": entry.memory,
     }
     times = measured.times(contestant.key)
     if times is None:
@@ -137,6 +138,11 @@ def save(result: dict, path: Path) -> None:
 
 
 def load(path: Path) -> dict:
+    """Reads a result file; what an older one did not measure is there as "not measured"."""
     result = json.loads(path.read_text())
     validate(result)
+    result["protocol"].setdefault("cold", False)
+    for case in result["cases"]:
+        for contestant in case["contestants"]:
+            contestant.setdefault("memory", None)
     return result

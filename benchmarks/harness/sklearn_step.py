@@ -16,6 +16,9 @@ class PartialFit(Contestant):
     The five lines update once for the whole batch: the results differ, and are not compared.
     """
 
+    of_torch = False
+    imports = ("sklearn.linear_model",)
+
     def prepare(self, data: Data) -> None:
         if data.case.outputs != 1:
             raise Unavailable("SGDRegressor has one output")

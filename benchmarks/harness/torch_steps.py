@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from harness.case import Case, Data
-from harness.contestant import InProcess
+from harness.contestant import PerCall
 
 
 def make_linear(data: Data, dtype: torch.dtype | None = None) -> torch.nn.Linear:
@@ -31,7 +31,22 @@ def linear_parameters(model: torch.nn.Linear) -> tuple[np.ndarray, np.ndarray]:
     return as_array(model.weight), as_array(model.bias)
 
 
-class Eager(InProcess):
+def two_products(data: Data) -> None:
+    """The products of a step, for the buffers that a BLAS keeps for them."""
+    x, target = data.tensors
+    weight = torch.from_numpy(data.weight).to(x.dtype)
+    torch.mm(x, weight.T)
+    torch.mm(target.T, x)
+
+
+class TorchStep(PerCall):
+    """A step made of torch's operations."""
+
+    def touch_libraries(self, data: Data) -> None:
+        two_products(data)
+
+
+class Eager(TorchStep):
     """The five lines, as every tutorial writes them."""
 
     def __init__(self, key: str, label: str, note: str = "", **sgd_options: Any):
@@ -63,7 +78,7 @@ class Eager(InProcess):
         self._model = None
 
 
-class HandWritten(InProcess):
+class HandWritten(TorchStep):
     """The step in torch operations without autograd: the update is a GEMM into the weight.
 
     Grad mode is switched off once around a batch of steps, not in every step, as someone who
@@ -110,6 +125,22 @@ class HandWritten(InProcess):
 class Compiled(HandWritten):
     """The same by torch.compile's default backend."""
 
+    imports = ("torch._inductor.compile_fx",)
+
     def make_update(self, case: Case) -> Callable[..., torch.Tensor]:
         torch.compiler.reset()  # each case is compiled for its own sizes
-        return torch.compile(super().make_update(case), fullgraph=True, dynamic=False)
+        update = super().make_update(case)
+        self._compiled = torch.compile(update, fullgraph=True, dynamic=False)
+        return self._compiled
+
+    def build(self, data: Data) -> Callable[[Any, Any], Any]:
+        step = super().build(data)
+        # On copies: compiling is no part of a step, neither of its time nor of its memory.
+        weight, bias = self._weight.clone(), self._bias.clone()
+        with torch.no_grad():
+            self._compiled(weight, bias, *data.tensors)
+        return step
+
+    def release(self) -> None:
+        super().release()
+        self._compiled = None

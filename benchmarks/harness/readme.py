@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: MIT
+"""The README's section on speed, between two marks, from the results: no figure in it is written by
+hand."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterator, Mapping
+
+from harness import tables
+
+BEGIN = "<!-- made by benchmarks/report.py --publish -->"
+END = "<!-- end -->"
+
+_TIMED = ("eager", "hand", "numpy", "jax", "step", "run")
+_RATIOS = ("eager", "hand", "jax")
+_HEADER = [
+    *("B×I→O", "plan", "eager", "torch by hand", "NumPy", "JAX, jit", "step()", "run(), a step"),
+    *("eager / step()", "by hand / step()", "JAX / step()"),
+]
+
+
+def put_into(text: str, by_kind: Mapping[str, dict]) -> str:
+    """`text` with the section between the marks made anew."""
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end):
+        raise ValueError(f"README: expected the marks {BEGIN} and {END}")
+    return f"{before}{BEGIN}\n{section(by_kind)}\n{END}{after}"
+
+
+def section(by_kind: Mapping[str, dict]) -> str:
+    """What stands between the marks, from the results of cpu, loss and optim."""
+    cpu = by_kind["cpu"]
+    lines = [
+        *_paragraph(
+            f"Microseconds per training step, float32, on {cpu['threads']} threads of "
+            f"{cpu['machine']['cpu']} with torch {cpu['versions']['torch']}, load average "
+            f"{cpu['load_average']['before'][0]:g} before: medians of interleaved rounds; the last "
+            "three columns are medians of the rounds' ratios. "
+            '"torch by hand" is the same step written without autograd.'
+        ),
+        "",
+        *tables.table_lines(_HEADER, [_row(case) for case in cpu["cases"]]),
+    ]
+    if "loss" in by_kind:
+        cases = by_kind["loss"]["cases"]
+        words = [f"{_ratio(case, 'eager')} at {case['title']}" for case in cases]
+        torchs = "`linear_mse_loss` against `F.mse_loss(F.linear(...))`"
+        lines += ["", *_paragraph(f"{torchs}: {', '.join(words)}.")]
+    if "optim" in by_kind:
+        words = [
+            f"{_ratio(case, 'fused')}, {_ratio(case, 'foreach')}, {_ratio(case, 'forloop')} "
+            f"on {case['title']}"
+            for case in by_kind["optim"]["cases"]
+        ]
+        torchs = "`fused_step.SGD` against torch's fused, foreach and for-loop"
+        lines += ["", *_paragraph(f"{torchs}: {'; '.join(words)}.")]
+    lines += ["", "Where it falls short:", ""]
+    for kind in ("cpu", "loss", "optim"):
+        if kind in by_kind:
+            for words in _falls_short(by_kind[kind]):
+                lines += _paragraph(f"- {words}", subsequent_indent="  ")
+    return "\n".join(lines)
+
+
+def _paragraph(text: str, **options: str) -> list[str]:
+    return textwrap.wrap(text, 100, break_long_words=False, break_on_hyphens=False, **options)
+
+
+def _by_key(case: dict) -> dict[str, dict]:
+    return {c["key"]: c for c in case["contestants"] if c["microseconds"]}
+
+
+def _ratio(case: dict, key: str) -> str:
+    timed = _by_key(case)
+    ratio = timed[key]["ratio"] if key in timed else None
+    return "–" if ratio is None else f"{tables.number(ratio['median'])}×"
+
+
+def _row(case: dict) -> list[str]:
+    timed = _by_key(case)
+    times = [
+        tables.number(timed[key]["microseconds"]["median"]) if key in timed else "–"
+        for key in _TIMED
+    ]
+    plan = timed["step"]["facts"].get("plan", "–") if "step" in timed else "–"
+    times[_TIMED.index("step")] = f"**{times[_TIMED.index('step')]}**"
+    return [case["title"], plan, *times, *(_ratio(case, key) for key in _RATIOS)]
+
+
+def _falls_short(result: dict) -> Iterator[str]:
+    """Targets that were missed beyond the noise, and whoever was faster beyond it."""
+    for case in result["cases"]:
+        labels = tables.labels_of(case)
+        for target in case["targets"]:
+            if target["reached"] is False:
+                measured = tables.spread(target["measured"], "×")
+                noise = ", within the noise" if target["within_noise"] else ""
+                yield f"{case['title']}, {tables.target_words(target, labels)}: {measured}{noise}."
+        ours = labels[result["subject"]]
+        for contestant in _by_key(case).values():
+            is_ours = contestant["label"].startswith(("fused_step", "linear_mse_loss"))
+            if contestant["verdict"] == "faster" and contestant["role"] != "floor" and not is_ours:
+                ratio = tables.spread(contestant["ratio"], "×")
+                yield f"{case['title']}: {contestant['label']} takes {ratio} {ours}'s time."
