@@ -11,12 +11,19 @@ QUICK := eager,hand,numpy,step,step_again,run,floor_call,floor_read,floor_gemm
 # A second environment, whose torch has CUDA.
 CUDA_VENV ?= .venv-cuda
 CUDA_TREE := build/cuda
+SANITIZE_TREE := build/sanitize
+# Cases of the fuzzer, the seed that they follow from (default: the clock), and processes.
+FUZZ_CASES ?= 1000000
+FUZZ_SEED ?= $(shell date +%s)
+FUZZ_JOBS ?= 2
+FUZZ_ARGS ?=
 
 BIN := $(VENV)/bin
 CSRC := $(shell find csrc -type f)
 CPP_FORMATTED := $(shell find csrc tests benchmarks -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help demo test lint format sanitize emulate cuda-kernels package-check bench bench-quick bench-publish bench-ratios bench-check build cuda-build clean
+.PHONY: help demo test lint format sanitize sanitize-full fuzz emulate cuda-kernels package-check \
+	bench bench-quick bench-publish bench-ratios bench-check build cuda-build clean
 .DELETE_ON_ERROR:
 # pip runs one at a time in one environment.
 .NOTPARALLEL:
@@ -40,8 +47,14 @@ format: $(VENV)/.lint  ## bring all sources into that style
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CPP_FORMATTED)
 
-sanitize:  ## run the torch-free C++ tests under ASan and UBSan
+sanitize:  ## run the torch-free C++ tests under ASan and UBSan, those with threads under TSan, too
 	@$(MAKE) --no-print-directory -f tests/cpp/Makefile -j$(or $(MAX_JOBS),2)
+
+sanitize-full: $(VENV)/.test build  ## build the extension under ASan and UBSan, run the suite in it (PYTEST_ARGS)
+	PYTHON=$(BIN)/python scripts/sanitize_full.sh $(SANITIZE_TREE) $(PYTEST_ARGS)
+
+fuzz: $(VENV)/.test build  ## hold random calls of every door to the plain loop (FUZZ_CASES, FUZZ_SEED, FUZZ_ARGS)
+	$(BIN)/python tests/fuzz.py --cases $(FUZZ_CASES) --seed $(FUZZ_SEED) --jobs $(FUZZ_JOBS) $(FUZZ_ARGS)
 
 emulate:  ## run the CUDA kernels on the processor, under sanitizers, and plant mistakes
 	@$(MAKE) --no-print-directory -f tests/emulation/Makefile -j$(or $(MAX_JOBS),2)

@@ -102,8 +102,9 @@ class SgdStep:
         """Not fused."""
         return False
 
-    def update(self, optimizer: Any) -> None:
+    def update(self, optimizer: Any, update_left: Callable[..., None]) -> bool:
         """Not fused."""
+        return False
 
 
 def _linear_mse_sgd_(

@@ -215,7 +215,8 @@ class SGD(torch.optim.SGD):
 
         for group, params, grads, bufs, has_sparse_grad in work:
             if factor is not None:
-                grads = [grad * factor.to(grad.device) for grad in grads]
+                # 0-dim tensors of 16 bit would take the factor's type.
+                grads = [(grad * factor.to(grad.device)).to(grad.dtype) for grad in grads]
             if group["momentum"] != 0 and group.get("momentum_dtype") is not None:
                 grads = [
                     grad.to(group["momentum_dtype"]) if p.dtype in _NARROW_DTYPES else grad
@@ -357,11 +358,9 @@ def _step_without_hooks(self: SGD, closure: Callable[[], Any] | None = None) -> 
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        left = None
-        if type(self)._init_group is SGD._init_group:
-            left = self._engine.update(self)
-        if left is None or left:
-            self._update_by_torch(left)
+        is_ours = type(self)._init_group is SGD._init_group
+        if not (is_ours and self._engine.update(self, self._update_by_torch)):
+            self._update_by_torch()
     return loss
 
 

@@ -177,10 +177,14 @@ class TrainStep:
 
         Raises:
             ValueError: `inputs` and `targets` differ in their rows, or a number is out of range.
-            TypeError: a number is no integer.
+            TypeError: `inputs` or `targets` is no tensor, or a number no integer.
             ImportError: `progress` without tqdm.
         """
         for name, tensor in (("inputs", inputs), ("targets", targets)):
+            if not isinstance(tensor, Tensor):
+                raise TypeError(
+                    f"TrainStep.run: {name} must be a torch.Tensor, got {type(tensor).__qualname__}"
+                )
             if tensor.dim() == 0:
                 raise ValueError(
                     f"TrainStep.run: {name} must have a dimension of rows, got a 0-dim tensor"
@@ -197,6 +201,12 @@ class TrainStep:
         batch_size = max(n, 1) if batch_size is None else _integer("batch_size", batch_size)
         if batch_size < 1:
             raise ValueError(f"TrainStep.run: batch_size must be at least 1, got {batch_size}")
+        batch_size = min(batch_size, max(n, 1))  # however large: it fits 64 bits from here on
+
+        if epochs * max(math.ceil(n / batch_size), 1) >= 1 << 63:
+            raise ValueError(
+                f"TrainStep.run: epochs must give fewer than 2**63 steps, got {epochs} epochs"
+            )
 
         bar = _progress_bar(epochs * math.ceil(n / batch_size)) if progress else None
         try:

@@ -131,6 +131,9 @@ class Problem:
     bias_options: dict[str, Any] | None = None
     # Written into every param group after SGD's constructor, which refuses some of them.
     edits: dict[str, Any] = field(default_factory=dict)
+    # Momentum buffers that earlier steps have left; None: there were none.
+    weight_buffer: Tensor | None = None  # [O, I]
+    bias_buffer: Tensor | None = None  # [O]
 
     def __repr__(self) -> str:
         return (
@@ -201,6 +204,12 @@ class Problem:
         optimizer = torch.optim.SGD(groups, foreach=False, fused=False, **self.options)
         for group in optimizer.param_groups:
             group.update(self.edits)
+        for parameter, buffer in (
+            (model.weight, self.weight_buffer),
+            (model.bias, self.bias_buffer),
+        ):
+            if parameter is not None and buffer is not None:
+                optimizer.state[parameter]["momentum_buffer"] = buffer.to(dtype, copy=True)
         return model, nn.MSELoss(reduction=self.reduction), optimizer
 
 
@@ -303,11 +312,15 @@ def scales(problem: Problem, steps: int) -> dict[str, float]:
     s_l = 1.0 / max(t.numel(), 1) if problem.reduction == "mean" else 1.0
     curvature = largest_curvature(problem)
     groups = {"weight": optimizer.param_groups[0], "bias": optimizer.param_groups[-1]}
-    off = {"weight": 0.0, "bias": 0.0, "weight_buffer": 0.0, "bias_buffer": 0.0}
     found: dict[str, float] = {}
 
     def largest(a: Tensor) -> float:
         return float(a.max()) if a.numel() else 0.0
+
+    off = {"weight": 0.0, "bias": 0.0}
+    for name in ("weight_buffer", "bias_buffer"):
+        buffer = getattr(problem, name)
+        off[name] = 0.0 if buffer is None else largest(finite(buffer).double().abs())
 
     for number in range(steps):
         W = model.weight.detach().abs()

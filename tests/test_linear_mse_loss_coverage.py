@@ -120,6 +120,30 @@ def test_what_is_no_tensor_raises():
     raises(given, TypeError, "target must be a torch.Tensor, got list")
 
 
+@pytest.mark.parametrize("name", ["input", "linear_weight", "linear_bias", "target"])
+def test_tensor_whose_storage_was_freed_raises(name):
+    """Reading its elements would end the process."""
+    tensors = {
+        "input": torch.randn(64, 9),
+        "linear_weight": torch.randn(3, 9),
+        "linear_bias": torch.randn(3),
+        "target": torch.randn(64, 3),
+    }
+    tensors[name].untyped_storage().resize_(0)
+    with pytest.raises(ValueError, match=f"^fused_step::linear_mse: {name} must have memory"):
+        fused_step.linear_mse_loss(**tensors)
+
+
+@pytest.mark.parametrize(
+    ("position", "name"), list(enumerate(("input", "linear_weight", "target")))
+)
+def test_operator_names_a_tensor_that_is_none(position, name):
+    tensors = [torch.ones(4, 5), torch.ones(3, 5), torch.ones(4, 3)]
+    tensors[position] = None
+    with pytest.raises(TypeError, match=f"^fused_step::linear_mse: {name} must be a torch.Tensor"):
+        torch.ops.fused_step.linear_mse_loss(tensors[0], tensors[1], None, tensors[2], "mean")
+
+
 def test_operator_names_the_dtypes_that_it_takes():
     given = {k: v.cfloat() if isinstance(v, Tensor) else v for k, v in arguments().items()}
     message = "linear_weight must be float32, float64, bfloat16 or float16, got ComplexFloat"

@@ -97,7 +97,7 @@ def test_state_dict_saves_and_loads():
     file = io.BytesIO()
     torch.save(head.state_dict(), file)
     file.seek(0)
-    other.load_state_dict(torch.load(file))
+    other.load_state_dict(torch.load(file, weights_only=True))
     assert torch.equal(other.linear.weight, head.linear.weight)
 
 

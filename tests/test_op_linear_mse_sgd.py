@@ -279,6 +279,9 @@ WRONG = [
     ),
     ("weight", torch.int64, TypeError, r"weight must be .*got Long"),
     ("weight", torch.complex64, TypeError, r"weight must be .*got ComplexFloat"),
+    ("weight", None, TypeError, "weight must be a torch.Tensor, got None"),
+    ("input", None, TypeError, "input must be a torch.Tensor, got None"),
+    ("target", None, TypeError, "target must be a torch.Tensor, got None"),
     ("reduction", "none", ValueError, "reduction must be 'mean' or 'sum', got 'none'"),
     ("reduction", "", ValueError, "reduction must be 'mean' or 'sum', got ''"),
 ]
@@ -322,6 +325,18 @@ def test_written_tensor_that_is_not_contiguous_is_refused(name):
     tensors, keywords = valid()
     tensors[name] = torch.stack([tensors[name]] * 2, dim=-1)[..., 0]
     raises_and_leaves_all_alone(tensors, keywords, ValueError, f"{name} must be contiguous")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_tensor_whose_storage_was_freed_is_refused(name):
+    """Reading its elements would end the process."""
+    tensors, keywords = valid()
+    kept = {k: t.clone() for k, t in tensors.items()}
+    tensors[name] = kept.pop(name)
+    tensors[name].untyped_storage().resize_(0)
+    with pytest.raises(ValueError, match=f"sgd_: {name} must have memory .*got a storage of 0"):
+        OP(*tensors.values(), **keywords)
+    assert all(torch.equal(tensors[k], t) for k, t in kept.items())
 
 
 @pytest.mark.parametrize(

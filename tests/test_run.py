@@ -451,6 +451,8 @@ def test_error_of_the_plain_loop_comes_out_of_run_at_its_batch():
         ({"epochs": -1}, ValueError, "epochs must not be negative, got -1"),
         ({"epochs": 1.5}, TypeError, "epochs must be an integer, got 1.5"),
         ({"epochs": None}, TypeError, "epochs must be an integer, got None"),
+        ({"epochs": 1 << 62, "batch_size": 10}, ValueError, "epochs must give fewer than 2"),
+        ({"epochs": 1 << 63}, ValueError, "epochs must give fewer than 2"),
         ({"generator": 7, "shuffle": True}, TypeError, None),
     ],
     ids=str,
@@ -482,6 +484,28 @@ def test_rows_that_do_not_match_raise(inputs, targets, message):
     step = fused_step.TrainStep(model, loss_function, optimizer)
     with pytest.raises(ValueError, match=message):
         step.run(torch.zeros(inputs), torch.zeros(targets))
+
+
+@pytest.mark.parametrize("value", [None, [[1.0, 2.0]], 3])
+def test_what_is_no_tensor_is_refused_by_name(value):
+    problem = Problem.random(40, 5, 3)
+    step = fused_step.TrainStep(*problem.build())
+    got = f"must be a torch.Tensor, got {type(value).__name__}"
+    with pytest.raises(TypeError, match=f"TrainStep.run: inputs {got}"):
+        step.run(value, problem.target)
+    with pytest.raises(TypeError, match=f"TrainStep.run: targets {got}"):
+        step.run(problem.input, value)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_batch_size_beyond_64_bits_is_all_rows(fused):
+    problem = Problem.random(40, 5, 3)
+    found = []
+    for batch_size in (1 << 70, 40):
+        model, loss_function, optimizer = problem.build()
+        step = fused_step.TrainStep(model, loss_function if fused else nn.L1Loss(), optimizer)
+        found.append(step.run(problem.input, problem.target, epochs=2, batch_size=batch_size))
+    assert torch.equal(*found)
 
 
 @pytest.mark.parametrize("O", [3, 130])

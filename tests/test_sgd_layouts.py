@@ -266,11 +266,26 @@ def test_mixed_groups_are_fused_where_they_may_be():
         p.grad = torch.ones_like(p)
     assert not is_fused(optimizer)
     assert torch.equal(plain, torch.ones(9))
-    left = optimizer._engine.update(optimizer)
+    left = []
+    assert optimizer._engine.update(optimizer, left.extend)
     assert [(g, [p is complex_one for p in params]) for g, params in left] == [(0, [True])]
     assert torch.equal(plain, torch.full((9,), 0.9))
     optimizer.step()
     assert momentum_of(optimizer, complex_one) is not None
+
+
+def test_an_error_of_torchs_loop_leaves_the_fused_parameters_as_they_were():
+    """Whatever their order: the plain loop would have updated those before the error."""
+    for bad_first in (True, False):
+        good, bad = Parameter(torch.ones(9)), Parameter(torch.ones(1).expand(3))
+        optimizer = fused_step.SGD([bad, good] if bad_first else [good, bad], **MOMENTUM)
+        for p in (good, bad):
+            p.grad = torch.ones(p.shape)
+        with pytest.raises(RuntimeError, match="single memory location"):
+            optimizer.step()
+        assert torch.equal(good, torch.ones(9))
+        assert torch.equal(bad, torch.ones(3))
+        assert momentum_of(optimizer, good) is None
 
 
 class Wrapped(Tensor):

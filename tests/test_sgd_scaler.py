@@ -244,6 +244,16 @@ def test_max_grad_norm_is_over_all_groups_and_kinds_of_parameters():
     assert not base[1::2].any()
 
 
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
+def test_max_grad_norm_keeps_the_type_of_0_dim_parameters_that_torch_updates(dtype):
+    scalar, strided = Parameter(torch.tensor(1.0, dtype=dtype)), Parameter(torch.zeros(8)[::2])
+    optimizer = fused_step.SGD([scalar, strided], lr=1.0, momentum=0.9, max_grad_norm=1.0)
+    scalar.grad, strided.grad = torch.ones_like(scalar), torch.ones(4)
+    optimizer.step()
+    assert momentum_of(optimizer, scalar).dtype == dtype
+    assert scalar.item() == pytest.approx(1 - 5**-0.5, rel=2**-7)
+
+
 def test_large_float_gradients_do_not_overflow_the_norm():
     weight = Parameter(torch.zeros(2, dtype=torch.float32))
     optimizer = fused_step.SGD([weight], lr=1.0, max_grad_norm=1.0)

@@ -9,7 +9,14 @@
 #include <cstdint>
 #include <vector>
 
+#include "bindings/memory.h"
+
 namespace fused_step {
+
+// Python's None arrives as an undefined tensor.
+inline void check_given(const char* op, const char* name, const at::Tensor& tensor) {
+  TORCH_CHECK_TYPE(tensor.defined(), op, ": ", name, " must be a torch.Tensor, got None");
+}
 
 inline void check_shape(const char* op, const char* name, const at::Tensor& tensor,
                         const char* meaning, at::IntArrayRef expected) {
@@ -27,6 +34,12 @@ inline void check_device(const char* op, const char* name, const at::Tensor& ten
                          c10::Device expected) {
   TORCH_CHECK_VALUE(tensor.device() == expected, op, ": ", name,
                     " must be on the device of weight ", expected, ", got ", tensor.device());
+}
+
+// Elements that are read or written are there: a storage may have been freed or cut under them.
+inline void check_memory(const char* op, const char* name, const at::Tensor& tensor) {
+  TORCH_CHECK_VALUE(has_its_storage(tensor), op, ": ", name, " must have memory for its shape ",
+                    tensor.sizes(), ", got a storage of ", tensor.storage().nbytes(), " bytes");
 }
 
 // Memory that is written: [data, data + nbytes) without gaps.

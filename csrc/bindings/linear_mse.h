@@ -11,6 +11,7 @@
 #include <string_view>
 #include <tuple>
 
+#include "bindings/checks.h"
 #include "bindings/dtypes.h"
 
 namespace fused_step {
@@ -43,6 +44,9 @@ inline void check_reduction(std::string_view reduction) {
 // Sizes may be symbolic. Rank is checked before sizes.
 inline void check_linear_mse(const at::Tensor& input, const at::Tensor& weight,
                              const std::optional<at::Tensor>& bias, const at::Tensor& target) {
+  check_given(kLinearMse, "input", input);
+  check_given(kLinearMse, "linear_weight", weight);
+  check_given(kLinearMse, "target", target);
   const at::ScalarType dtype = weight.scalar_type();
   TORCH_CHECK_TYPE(is_fused_dtype(dtype), kLinearMse, ": linear_weight must be ", kFusedDtypes,
                    ", got ", dtype);
@@ -69,6 +73,16 @@ inline void check_linear_mse(const at::Tensor& input, const at::Tensor& weight,
   TORCH_CHECK_VALUE(target.sym_sizes() == c10::SymIntArrayRef(expected), kLinearMse,
                     ": target must have the shape of the output ", c10::SymIntArrayRef(expected),
                     ", got ", target.sym_sizes());
+}
+
+// For an engine, which looks at elements.
+inline void check_linear_mse_memory(const at::Tensor& input, const at::Tensor& weight,
+                                    const std::optional<at::Tensor>& bias,
+                                    const at::Tensor& target) {
+  check_memory(kLinearMse, "input", input);
+  check_memory(kLinearMse, "linear_weight", weight);
+  if (bias.has_value()) check_memory(kLinearMse, "linear_bias", *bias);
+  check_memory(kLinearMse, "target", target);
 }
 
 }  // namespace fused_step

@@ -143,6 +143,7 @@ LinearMseResult linear_mse_cpu(const at::Tensor& input, const at::Tensor& weight
                                bool need_dbias, bool need_residual) {
   check_reduction(reduction);
   check_linear_mse(input, weight, bias, target);
+  check_linear_mse_memory(input, weight, bias, target);
   const BelowDispatcher below;
   const int64_t O = weight.size(0), I = weight.size(1);
   const bool none = reduction == "none";

@@ -121,6 +121,7 @@ LinearMseResult linear_mse_cuda(const at::Tensor& input, const at::Tensor& weigh
                                 bool need_dbias, bool need_residual) {
   check_reduction(reduction);
   check_linear_mse(input, weight, bias, target);
+  check_linear_mse_memory(input, weight, bias, target);
   TORCH_CHECK_NOT_IMPLEMENTED(is_served_by_cuda(weight.device()), kLinearMse,
                               ": this build has no kernels for ", weight.device());
   const c10::cuda::CUDAGuard guard(weight.device());

@@ -114,6 +114,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       .def_property_readonly("step", &fused_step::sgd_step_function)
       .def(
           "update",
-          [](SgdStep& step, py::handle optimizer) { return step.update(optimizer.ptr()); },
-          py::arg("optimizer"));
+          [](SgdStep& step, py::handle optimizer, const py::object& update_left) {
+            return step.update(optimizer.ptr(), update_left);
+          },
+          py::arg("optimizer"), py::arg("update_left"));
 }

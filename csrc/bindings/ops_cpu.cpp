@@ -33,10 +33,13 @@ void check_like(const char* name, const std::optional<at::Tensor>& t, at::IntArr
   check_dtype(kOp, name, *t, weight.scalar_type());
   check_shape(kOp, name, *t, "the shape", shape);
   check_written(kOp, name, *t);
+  check_memory(kOp, name, *t);
 }
 
 void check_batch(const at::Tensor& weight, const at::Tensor& input, const at::Tensor& target) {
   const int64_t O = weight.size(0), I = weight.size(1);
+  check_given(kOp, "input", input);
+  check_given(kOp, "target", target);
   check_device(kOp, "input", input, weight.device());
   check_device(kOp, "target", target, weight.device());
   if (!is_fused_pair(input.scalar_type(), weight.scalar_type())) {
@@ -49,6 +52,8 @@ void check_batch(const at::Tensor& weight, const at::Tensor& input, const at::Te
   auto expected = input.sizes().vec();
   expected.back() = O;
   check_shape(kOp, "target", target, "the shape of the output", expected);
+  check_memory(kOp, "input", input);
+  check_memory(kOp, "target", target);
 }
 
 void check_disjoint(const LinearSgdState& s, const at::Tensor& input, const at::Tensor& target) {
@@ -81,6 +86,7 @@ at::Tensor linear_mse_sgd_op(at::Tensor& weight, std::optional<at::Tensor> bias,
                              const at::Tensor& input, const at::Tensor& target, double lr,
                              double momentum, double dampening, double weight_decay, bool nesterov,
                              bool maximize, std::string_view reduction, bool first_step) {
+  check_given(kOp, "weight", weight);
   const at::ScalarType dtype = weight.scalar_type();
   TORCH_CHECK_TYPE(is_fused_dtype(dtype), kOp, ": weight must be ", kFusedDtypes, ", got ", dtype);
   TORCH_CHECK_VALUE(weight.dim() == 2, kOp, ": weight must have the shape [O, I], got ",
@@ -88,6 +94,7 @@ at::Tensor linear_mse_sgd_op(at::Tensor& weight, std::optional<at::Tensor> bias,
   check_written(kOp, "weight", weight);
   TORCH_CHECK_NOT_IMPLEMENTED(is_served(weight.device()), kOp, ": this build has no kernels for ",
                               weight.device());
+  check_memory(kOp, "weight", weight);
   check_like("bias", bias, {weight.size(0)}, weight);
   check_like("weight_momentum_buffer", weight_momentum_buffer, weight.sizes(), weight);
   check_like("bias_momentum_buffer", bias_momentum_buffer, {weight.size(0)}, weight);

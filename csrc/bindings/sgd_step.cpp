@@ -497,23 +497,27 @@ bool SgdStep::step(PyObject* optimizer, ZeroGrad zero_grad) {
   return true;
 }
 
-py::object SgdStep::update(PyObject* optimizer) {
-  if (busy_) return py::none();
+bool SgdStep::update(PyObject* optimizer, const py::object& update_left) {
+  if (busy_) return false;
   const InUse in_use(*this);
   const py::object dict = dict_of(optimizer);
   Scaling scaling;
-  if (!gather(dict.ptr(), ZeroGrad::kNo, scaling)) return py::none();
-  py::list left;
-  if (scaling.skips) return left;
-  // Before the update, which the list of what is left must survive.
-  int32_t group = -1;
-  for (const Slot* slot : left_) {
-    if (slot->group != group) left.append(py::make_tuple(slot->group, py::list()));
-    group = slot->group;
-    left[left.size() - 1].cast<py::tuple>()[1].cast<py::list>().append(py::handle(slot->param));
+  if (!gather(dict.ptr(), ZeroGrad::kNo, scaling)) return false;
+  if (scaling.skips) return true;
+  std::vector<Held> held;
+  if (!left_.empty()) {
+    py::list left;
+    int32_t group = -1;
+    for (const Slot* slot : left_) {
+      if (slot->group != group) left.append(py::make_tuple(slot->group, py::list()));
+      group = slot->group;
+      left[left.size() - 1].cast<py::tuple>()[1].cast<py::list>().append(py::handle(slot->param));
+    }
+    held = hold();  // whatever runs there
+    update_left(left);
   }
   run(dict.ptr(), scaling, ZeroGrad::kNo);
-  return left;
+  return true;
 }
 
 namespace {

@@ -27,9 +27,10 @@ class SgdStep {
   // profiler that wants to see the step, a parameter that is no ordinary CPU tensor.
   bool step(PyObject* optimizer, ZeroGrad zero_grad);
 
-  // The update without hooks and profiler: [(index of a group, [its parameters that are left to
-  // torch's loop])], empty when all is done; None when everything is left, and nothing changed.
-  pybind11::object update(PyObject* optimizer);
+  // The update without hooks and profiler. Before it, so that nothing has changed when it raises,
+  // update_left([(index of a group, [its parameters that are left to torch's loop])]) is called if
+  // there are any. False, and nothing changed, where everything is left.
+  bool update(PyObject* optimizer, const pybind11::object& update_left);
 
  private:
   struct Group {

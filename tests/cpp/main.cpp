@@ -3,7 +3,7 @@
 #include <chrono>
 #include <csignal>
 #include <cstring>
-#if defined(__SANITIZE_ADDRESS__)
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
 #include <sanitizer/common_interface_defs.h>
 #endif
 
@@ -19,7 +19,7 @@ void print_description() {
   std::fflush(stdout);
 }
 
-#if defined(__SANITIZE_ADDRESS__)
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
 void print_description_at_the_end() { __sanitizer_set_death_callback(print_description); }
 #else
 void on_fault(int signal) {
