@@ -10,8 +10,6 @@
 
 namespace fused_step {
 
-using cpu::SgdStorage;
-
 namespace {
 
 // ends[k]: elements of the items up to and with k.

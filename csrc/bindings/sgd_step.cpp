@@ -14,12 +14,11 @@
 #include "bindings/sgd_groups.h"
 #include "bindings/watch.h"
 #include "bindings/world.h"
+#include "core/sgd_math.h"
 
 namespace fused_step {
 
 namespace py = pybind11;
-using cpu::GradAfter;
-using cpu::SgdStorage;
 
 namespace {
 
@@ -277,9 +276,8 @@ bool SgdStep::read_scaling(PyObject* dict, Scaling& scaling) {
     return false;
   }
   scaling.skips = found_inf != 0.0;
-  // As GradScaler.unscale_ does: the reciprocal in double, kept as a float.
   if (grad_scale != 1.0)
-    scaling.unscale = static_cast<double>(static_cast<float>(1.0 / grad_scale));
+    scaling.unscale = static_cast<double>(sgd_unscale(grad_scale));
   PyObject* const max_norm = get_item(dict, n.max_grad_norm);
   if (max_norm == nullptr || max_norm == Py_None) return true;
   if (!PyLong_Check(max_norm) && !PyFloat_Check(max_norm)) return false;
@@ -462,10 +460,8 @@ void SgdStep::run(PyObject* dict, const Scaling& scaling, ZeroGrad zero_grad) {
       no_gil.emplace();
     }
     if (scaling.max_norm.has_value()) {
-      // torch.nn.utils.clip_grad_norm_'s factor; NaN stays NaN.
       norm = sgd_grad_norm_cpu(items_) * scaling.unscale;
-      const double factor = *scaling.max_norm / (*norm + 1e-6);
-      for (cpu::SgdRule& rule : rules_) rule.clip = factor > 1.0 ? 1.0 : factor;
+      for (cpu::SgdRule& rule : rules_) rule.clip = sgd_clip(*scaling.max_norm, *norm);
     }
     sgd_cpu(items_, rules_);
   }
