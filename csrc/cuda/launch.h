@@ -136,7 +136,7 @@ struct SgdTensor {
   int64_t first_step;  // not 0: buf holds no history yet. As wide as the rest: no padding
 };
 
-// Elements number * list_chunk(bytes of P) on (policy.h) of a tensor, up to as many.
+// The elements of a tensor from number * kListChunk<P> (policy.h) on, as many or what is left.
 struct SgdChunk {
   int32_t tensor;
   int32_t number;
