@@ -47,10 +47,13 @@ CPU_SOURCES = [
 ]
 # The CUDA engine: kernels by nvcc, bindings by the host compiler.
 CUDA_SOURCES: list[str] = [
+    "csrc/cuda/grad_norm.cu",
     "csrc/cuda/one_pass.cu",
     "csrc/cuda/one_pass_grad.cu",
     "csrc/cuda/one_pass_step.cu",
+    "csrc/cuda/put.cu",
     "csrc/cuda/residual.cu",
+    "csrc/cuda/sgd_list.cu",
     "csrc/cuda/sgd_update.cu",
     "csrc/cuda/tiny_steps.cu",
 ]
@@ -59,6 +62,7 @@ CUDA_BINDINGS = [
     "csrc/bindings/linear_mse_cuda.cpp",
     "csrc/bindings/linear_mse_sgd_cuda.cpp",
     "csrc/bindings/ops_cuda.cpp",
+    "csrc/bindings/sgd_cuda.cpp",
 ]
 # 8.0 is the first with cp.async and bf16; PTX of the last one serves GPUs to come.
 DEFAULT_ARCHS = ("8.0", "8.6", "8.9", "9.0", "10.0", "12.0")

@@ -113,24 +113,26 @@ void test_sizes(uint64_t seed) {
   test_norm<P>(many, ++seed);
 }
 
+template <typename P>
+void test_three_launches() {
+  describe("a norm of three launches, the second of <%s>", kName<P>);
+  const TensorList<float, float> first({5000, 3}, 1), last({1, 7}, 3);
+  const TensorList<P, P> second({20000}, 2);
+  const size_t partials = first.chunks.size() + second.chunks.size() + last.chunks.size();
+  Norm norm(static_cast<int64_t>(partials), 0.25, nullptr, 1.0, 5);
+  norm.launch<float>(first.pointers(), false);
+  norm.launch<P>(second.pointers(), false);
+  norm.launch<float>(last.pointers(), true);
+  check_norm(norm.found(), squares(first) + squares(second) + squares(last), 25011, 1.0, 0.25);
+}
+
 }  // namespace
 
 TEST(grad_norm_handles_every_size_and_alignment) { FOR_EACH_PARAM(test_sizes, 1000000); }
 
 TEST(grad_norm_handles_no_tensor_at_all) { test_norm<float>({}, 1); }
 
-TEST(grad_norm_is_over_all_launches) {
-  describe("a norm of three launches");
-  const TensorList<float, float> first({5000, 3}, 1), last({1, 7}, 3);
-  const TensorList<BFloat16, BFloat16> second({20000}, 2);
-  const int64_t partials = static_cast<int64_t>(first.chunks.size() + second.chunks.size() +
-                                                last.chunks.size());
-  Norm norm(partials, 0.25, nullptr, 1.0, 5);
-  norm.launch<float>(first.pointers(), false);
-  norm.launch<BFloat16>(second.pointers(), false);
-  norm.launch<float>(last.pointers(), true);
-  check_norm(norm.found(), squares(first) + squares(second) + squares(last), 25011, 1.0, 0.25);
-}
+TEST(grad_norm_is_over_all_launches) { FOR_EACH_PARAM(test_three_launches, ); }
 
 TEST(grad_norm_does_not_overflow_and_keeps_nan) {
   for (const float special : {3e30f, HUGE_VALF, std::nanf("")}) {
