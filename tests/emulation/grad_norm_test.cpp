@@ -159,14 +159,14 @@ TEST(grad_norm_gives_the_same_bits_in_any_order_of_blocks_and_at_any_address) {
     for (const bool aligned : {false, true}) {
       emulation::use_schedule(schedule);
       describe("norm, %s, aligned %d", schedule, static_cast<int>(aligned));
-      TensorList<float, float> list({}, 0);
-      list.tensors.push_back(
-          std::make_unique<ListTensor<float, float>>(5 * kListChunk<float> + 3, aligned, 12));
-      ListTensor<float, float>& t = *list.tensors[0];
-      list.rows = {{nullptr, t.grad.data(), nullptr, t.grad.n(), 0}};
-      for (int32_t c = 0; c < 6; ++c) list.chunks.push_back({0, c});
+      Memory<float> grad(5 * kListChunk<float> + 3, aligned ? 0 : 1, 0);
+      grad.fill_random(12);
+      for (int64_t k = 0; k < grad.n(); k += 7) grad[k] *= 1e4f;  // so that each sum is rounded
+      const SgdTensor row{nullptr, grad.data(), nullptr, grad.n(), 0};
+      std::vector<SgdChunk> chunks;
+      for (int32_t c = 0; c < 6; ++c) chunks.push_back({0, c});
       Norm norm(6, 0.5, nullptr, 1.0, 7);
-      norm.launch<float>(list.pointers(), true);
+      norm.launch<float>({&row, chunks.data(), 6}, true);
       if (first.empty()) first = {norm.found().norm};
       check(norm.found().norm == first[0], "other bits");
     }
