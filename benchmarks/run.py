@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: MIT
 """Runs benchmarks one after the other.
 
-Usage: python benchmarks/run.py [cpu|loss|optim|sweep|gpu|all] [--quick] [--out DIR] ...
+Usage: python benchmarks/run.py [cpu|loss|optim|sweep|gpu|gpu_optim|all] [--quick] [--out DIR] ...
 
 Everything after the name goes to the script bench_NAME.py. `all` is all that this machine can run:
-`gpu` only where torch finds a GPU. Ctrl-C ends the current one, which keeps what is done, and
+`gpu` and `gpu_optim` only where torch finds a GPU. Ctrl-C ends the current one, which keeps what is done, and
 leaves out the rest.
 """
 
@@ -15,7 +15,8 @@ import sys
 from pathlib import Path
 
 BENCHMARKS = Path(__file__).resolve().parent
-NAMES = ("cpu", "loss", "optim", "sweep", "gpu")
+ON_GPU = ("gpu", "gpu_optim")
+NAMES = ("cpu", "loss", "optim", "sweep", *ON_GPU)
 
 
 def available() -> list[str]:
@@ -23,7 +24,7 @@ def available() -> list[str]:
     import torch
 
     names = [name for name in NAMES if (BENCHMARKS / f"bench_{name}.py").is_file()]
-    return names if torch.cuda.is_available() else [name for name in names if name != "gpu"]
+    return [name for name in names if name not in ON_GPU or torch.cuda.is_available()]
 
 
 def main() -> int:

@@ -12,7 +12,6 @@ from torch import nn
 
 import fused_step
 
-
 # One output and few rows: on CUDA they fit a block.
 ONE_OUTPUT = "one-pass" if DEVICE.type == "cpu" else "tiny"
 
