@@ -4,8 +4,8 @@
 Usage: python benchmarks/run.py [cpu|loss|optim|sweep|gpu|gpu_optim|all] [--quick] [--out DIR] ...
 
 Everything after the name goes to the script bench_NAME.py. `all` is all that this machine can run:
-`gpu` and `gpu_optim` only where torch finds a GPU. Ctrl-C ends the current one, which keeps what is done, and
-leaves out the rest.
+`gpu` and `gpu_optim` only where torch finds a GPU. Ctrl-C ends the current one, which keeps what is
+done, and leaves out the rest.
 """
 
 from __future__ import annotations

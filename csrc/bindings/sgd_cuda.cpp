@@ -163,8 +163,8 @@ SgdCuda::Ready SgdCuda::prepare(const SgdCudaStep& step, Table& table, bool capt
   ready.scratch = reserve_scratch(table.scratch, ready.stream,
                                   (partials + 1) * static_cast<int64_t>(sizeof(double)));
   const bool is_double = !step.items.empty() && step.items[0].storage == SgdStorage::kDouble;
-  ready.norm = at::empty(
-      {}, at::TensorOptions().dtype(is_double ? at::kDouble : at::kFloat).device(device));
+  ready.norm =
+      at::empty({}, at::TensorOptions().dtype(is_double ? at::kDouble : at::kFloat).device(device));
   return ready;
 }
 
@@ -242,7 +242,8 @@ at::Tensor SgdCuda::step(const SgdCudaStep& step) {
       devices.push_back(item.device);
     }
   }
-  for (const c10::DeviceIndex device : devices) table_of(device);  // from here on they stay in place
+  for (const c10::DeviceIndex device : devices)
+    table_of(device);         // from here on they stay in place
   std::list<Table> captured;  // of this step alone: what a graph reads is nobody else's to write
   std::vector<Ready> ready;
   for (const c10::DeviceIndex device : devices) {

@@ -292,8 +292,7 @@ bool SgdStep::read_scaling(PyObject* dict, Scaling& scaling) {
     return false;
   }
   scaling.skips = found_inf != 0.0;
-  if (grad_scale != 1.0)
-    scaling.unscale = static_cast<double>(sgd_unscale(grad_scale));
+  if (grad_scale != 1.0) scaling.unscale = static_cast<double>(sgd_unscale(grad_scale));
   PyObject* const max_norm = get_item(dict, n.max_grad_norm);
   if (max_norm == nullptr || max_norm == Py_None) return true;
   if (!PyLong_Check(max_norm) && !PyFloat_Check(max_norm)) return false;
@@ -459,8 +458,7 @@ std::vector<at::Tensor> SgdStep::make_buffers(const Scaling& scaling) {
     const at::TensorOptions options =
         param.options().dtype(is_float ? at::kFloat : param.scalar_type());
     if (item.device == kOnCpu) {
-      bufs[k] =
-          at::Tensor(at::detail::empty_strided_cpu(param.sizes(), param.strides(), options));
+      bufs[k] = at::Tensor(at::detail::empty_strided_cpu(param.sizes(), param.strides(), options));
     } else {
       bufs[k] = at::empty_strided(param.sizes(), param.strides(), options);
       // It stays so if the step is skipped.
@@ -511,8 +509,8 @@ at::Tensor SgdStep::update_cpu_items(const std::vector<SgdItem>& items, const Sc
     const double value = sgd_grad_norm_cpu(items) * scaling.unscale;
     for (cpu::SgdRule& rule : rules_) rule.clip = sgd_clip(*scaling.max_norm, value);
     const bool is_double = !items.empty() && items[0].storage == SgdStorage::kDouble;
-    norm = at::scalar_tensor(value,
-                             at::TensorOptions().dtype(is_double ? at::kDouble : at::kFloat));
+    norm =
+        at::scalar_tensor(value, at::TensorOptions().dtype(is_double ? at::kDouble : at::kFloat));
   }
   sgd_cpu(items, rules_);
   return norm;

@@ -115,7 +115,7 @@ class SgdStep {
   std::vector<Extent> checked_;  // of the last step whose ranges were found disjoint
   std::vector<Extent> sorted_;   // checked_ by address
   SgdCudaMemory cuda_memory_;
-  bool busy_ = false;            // a step is under way, in another thread
+  bool busy_ = false;  // a step is under way, in another thread
 
   struct InUse {
     explicit InUse(SgdStep& step) : step(step) { step.busy_ = true; }

@@ -28,8 +28,8 @@ struct SgdCoefficients {
   bool first_step;
 };
 
-// What a GradScaler's scale is undone by. GradScaler.unscale_ divides in double and rounds to float;
-// of a float the quotient in float has the same bits.
+// What a GradScaler's scale is undone by. GradScaler.unscale_ divides in double and rounds to
+// float; of a float the quotient in float has the same bits.
 template <typename Scale>
 FUSED_STEP_INLINE float sgd_unscale(Scale scale) {
   return static_cast<float>(Scale(1) / scale);

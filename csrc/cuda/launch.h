@@ -174,8 +174,8 @@ cudaError_t launch_sgd_list(const SgdList<P, Buf>& args, cudaStream_t stream);
 // order follows from the sizes alone.
 template <typename P>
 struct GradNorm {
-  SgdChunks list;    // count may be 0
-  double* partials;  // [partials_count] of all launches
+  SgdChunks list;          // count may be 0
+  double* partials;        // [partials_count] of all launches
   int64_t partials_begin;  // where those of this launch begin
   int64_t partials_count;  // with this launch's, list.count or at least 1
   bool finishes;
@@ -190,8 +190,8 @@ struct GradNorm {
 template <typename P>
 cudaError_t launch_grad_norm(const GradNorm<P>& args, cudaStream_t stream);
 
-// Copies `bytes`, a multiple of 16, to device memory by way of the launches' arguments: into a graph
-// they are captured by value, so that no memory of the host has to outlive the capture.
+// Copies `bytes`, a multiple of 16, to device memory by way of the launches' arguments: into a
+// graph they are captured by value, so that no memory of the host has to outlive the capture.
 cudaError_t launch_put(void* to, const void* from, int64_t bytes, cudaStream_t stream);
 
 }  // namespace fused_step::cuda

@@ -156,10 +156,10 @@ constexpr int kElementwiseThreads = 256;
 constexpr int64_t kMaxElementwiseBlocks = 32 * 132;
 
 // The optimizer over a list of tensors: a chunk of one of them is the work of a block, so that many
-// small tensors and a large one keep the whole GPU busy alike. At 4 vectors in each thread a chunk of
-// float with momentum moves 80 KiB, 4300 cycles of a multiprocessor's share; the 1000 in which a
-// block finds its tensor are hidden by the five to seven others beside it. The last round of blocks
-// is one of 7 for the 25 million parameters of a ResNet-50.
+// small tensors and a large one keep the whole GPU busy alike. At 4 vectors in each thread a chunk
+// of float with momentum moves 80 KiB, 4300 cycles of a multiprocessor's share; the 1000 in which a
+// block finds its tensor are hidden by the four to seven others beside it. The last round of blocks
+// is one of 6 for the 25 million parameters of a ResNet-50.
 constexpr int kListThreads = 256;
 constexpr int64_t kListVectors = 4;  // per thread of a chunk
 constexpr int64_t list_chunk(int64_t param_bytes) {

@@ -31,10 +31,9 @@ class Norm {
 
   template <typename P>
   void launch(const SgdChunks& list, bool finishes) {
-    check(launch_grad_norm<P>({list, partials_.data(), done_,
-                               finishes ? partials_.n() : 0, finishes, &ticket_, unscale_,
-                               grad_scale_, max_norm_, clip_.data(), norm_float_.data(),
-                               norm_double_.data()},
+    check(launch_grad_norm<P>({list, partials_.data(), done_, finishes ? partials_.n() : 0,
+                               finishes, &ticket_, unscale_, grad_scale_, max_norm_, clip_.data(),
+                               norm_float_.data(), norm_double_.data()},
                               nullptr) == cudaSuccess,
           "refused");
     done_ += at_least(1, list.count);
@@ -93,8 +92,7 @@ void test_norm(const std::vector<int64_t>& sizes, uint64_t seed) {
   describe("norm <%s> of %lld chunks, factor %g, seed %llu", kName<P>,
            static_cast<long long>(list.pointers().count), factor,
            static_cast<unsigned long long>(seed));
-  Norm norm(at_least(1, list.pointers().count), max_norm, scaled ? &scale : nullptr, unscale,
-            seed);
+  Norm norm(at_least(1, list.pointers().count), max_norm, scaled ? &scale : nullptr, unscale, seed);
   norm.launch<P>(list.pointers(), true);
   int64_t terms = 0;
   for (const auto& t : list.tensors) {

@@ -78,8 +78,8 @@ struct Want {
   Want(const ListTensor<P, Buf>& t, const SgdOptions& options, const Around& around)
       : param_before(t.param.copy()), grad_before(t.grad.copy()), buf_before(t.buf.copy()) {
     for (int64_t k = 0; k < t.param.n(); ++k) {
-      const Bound<P> unscaled = Bound<P>{value(t.grad[k]), 0} *
-                                Bound<P>(static_cast<long double>(around.factor()));
+      const Bound<P> unscaled =
+          Bound<P>{value(t.grad[k]), 0} * Bound<P>(static_cast<long double>(around.factor()));
       Bound<P> p{value(t.param[k]), 0}, b{value(t.buf[k]), 0};
       torch_sgd(p, unscaled * Bound<P>(static_cast<long double>(around.clip.value_or(1.0))), b,
                 options);
@@ -133,21 +133,22 @@ void test_list(const std::vector<int64_t>& sizes, SgdOptions options, const Arou
   SgdOptions given = options;
   given.first_step = !options.first_step;  // the tensors' own word counts
   if (around.lr_float.has_value() || around.lr_double.has_value()) given.lr = 77.0;
-  check(launch_sgd_list<P, Buf>({list.pointers(), given, around.scalars(),
-                                 around.grad_scale.has_value() ? 55.0 : around.unscale,
-                                 around.after},
-                                nullptr) == cudaSuccess,
-        "refused");
+  check(
+      launch_sgd_list<P, Buf>({list.pointers(), given, around.scalars(),
+                               around.grad_scale.has_value() ? 55.0 : around.unscale, around.after},
+                              nullptr) == cudaSuccess,
+      "refused");
   char text[160];
   append(text, sizeof(text), options);
   for (size_t k = 0; k < sizes.size(); ++k) {
-    describe("list <%s, %s> n %lld, %s, lr on the device %d, factor %g, found_inf %g, clip %g, "
-             "after %d, seed %llu",
-             kName<P>, kName<Buf>, static_cast<long long>(sizes[k]), text,
-             static_cast<int>(around.lr_float.has_value() || around.lr_double.has_value()),
-             around.factor(), static_cast<double>(around.found_inf.value_or(0.0f)),
-             around.clip.value_or(1.0), static_cast<int>(around.after),
-             static_cast<unsigned long long>(seed));
+    describe(
+        "list <%s, %s> n %lld, %s, lr on the device %d, factor %g, found_inf %g, clip %g, "
+        "after %d, seed %llu",
+        kName<P>, kName<Buf>, static_cast<long long>(sizes[k]), text,
+        static_cast<int>(around.lr_float.has_value() || around.lr_double.has_value()),
+        around.factor(), static_cast<double>(around.found_inf.value_or(0.0f)),
+        around.clip.value_or(1.0), static_cast<int>(around.after),
+        static_cast<unsigned long long>(seed));
     want[k].check_tensor(*list.tensors[k], options_of[k], around);
   }
 }
@@ -191,8 +192,8 @@ TEST(races_sgd_list) {
   test_list<float, float>({600, 1, 5000}, {.lr = 0.1, .momentum = 0.9}, around, 3);
 }
 
-// Elements and not a chunk's place are 64 bits wide: the tensor's chunks from 2^31 elements on alone
-// are in memory.
+// Elements and not a chunk's place are 64 bits wide: the tensor's chunks from 2^31 elements on
+// alone are in memory.
 TEST(sgd_list_reaches_elements_beyond_2_to_the_31) {
   constexpr int64_t kBegin = (int64_t{1} << 31) / kListChunk<float> * kListChunk<float>;
   const int64_t n = kListChunk<float> + 5;

@@ -39,8 +39,8 @@ struct TensorList {
   TensorList(const std::vector<int64_t>& sizes, uint64_t seed) {
     for (size_t k = 0; k < sizes.size(); ++k) {
       const uint64_t of_tensor = hash(seed, k);
-      tensors.push_back(std::make_unique<ListTensor<P, Buf>>(
-          sizes[k], hash(of_tensor, 20) % 2 == 0, of_tensor));
+      tensors.push_back(
+          std::make_unique<ListTensor<P, Buf>>(sizes[k], hash(of_tensor, 20) % 2 == 0, of_tensor));
       ListTensor<P, Buf>& t = *tensors.back();
       rows.push_back({t.param.data(), t.grad.data(), t.buf.data(), sizes[k], 0});
       for (int32_t c = 0; c * cuda::kListChunk<P> < sizes[k]; ++c) {
@@ -61,9 +61,8 @@ std::vector<int64_t> list_sizes() {
   constexpr int64_t kV = cuda::kVectorBytes / static_cast<int64_t>(sizeof(P));
   std::vector<int64_t> sizes;
   for (int64_t n = 0; n <= 2 * kV + 1; ++n) sizes.push_back(n);
-  for (const int64_t around :
-       {int64_t{cuda::kListThreads}, cuda::kListThreads * kV, cuda::kListChunk<P>,
-        2 * cuda::kListChunk<P>}) {
+  for (const int64_t around : {int64_t{cuda::kListThreads}, cuda::kListThreads * kV,
+                               cuda::kListChunk<P>, 2 * cuda::kListChunk<P>}) {
     for (const int64_t more : {-1, 0, 1}) sizes.push_back(around + more);
   }
   return sizes;
@@ -72,9 +71,9 @@ std::vector<int64_t> list_sizes() {
 }  // namespace fused_step::test
 
 // f<P, Buf>(arguments) for every storage of the optimizer.
-#define FOR_EACH_STORAGE(f, ...)                                                           \
-  do {                                                                                     \
+#define FOR_EACH_STORAGE(f, ...)                                                                \
+  do {                                                                                          \
     const auto for_storage = [&](auto p, auto b) { f<decltype(p), decltype(b)>(__VA_ARGS__); }; \
-    FUSED_STEP_FOR_EACH_STORAGE(CALL_FOR_STORAGE)                                          \
+    FUSED_STEP_FOR_EACH_STORAGE(CALL_FOR_STORAGE)                                               \
   } while (false)
 #define CALL_FOR_STORAGE(P, Buf) for_storage(P{}, Buf{});
