@@ -534,6 +534,10 @@ at::Tensor SgdStep::update_items(const std::vector<at::Tensor>& lrs, const Scali
     rule.grad_after = grad_after;
   }
   if (!has_cuda_items_) return update_cpu_items(items_, scaling);
+  // First, for it may find no memory, and then nothing has changed.
+  const at::Tensor norm = sgd_cuda({items_, rules_, lrs, scaling.unscale, scaling.grad_scale,
+                                    scaling.found_inf, grad_after, scaling.max_norm},
+                                   cuda_memory_);
   if (has_cpu_items_) {
     std::vector<SgdItem> on_cpu;
     for (const SgdItem& item : items_) {
@@ -541,9 +545,7 @@ at::Tensor SgdStep::update_items(const std::vector<at::Tensor>& lrs, const Scali
     }
     update_cpu_items(on_cpu, scaling);
   }
-  return sgd_cuda({items_, rules_, lrs, scaling.unscale, scaling.grad_scale, scaling.found_inf,
-                   grad_after, scaling.max_norm},
-                  cuda_memory_);
+  return norm;
 }
 
 void SgdStep::run(PyObject* dict, const Scaling& scaling, ZeroGrad zero_grad) {
