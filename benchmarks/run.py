@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: MIT
 """Runs benchmarks one after the other.
 
-Usage: python benchmarks/run.py [cpu|cold|loss|optim|sweep|gpu|all] [--quick] [--out DIR] ...
+Usage: python benchmarks/run.py [NAME|all] [--quick] [--out DIR] ...
+NAME: cpu, cold, loss, optim, sweep, gpu or gpu_optim
 
 Everything after the name goes to the script bench_NAME.py; `cold` is bench_cpu.py --cold. `all` is
-all that this machine can run: `gpu` only where torch finds a GPU. Ctrl-C ends the current one,
-which keeps what is done, and leaves out the rest.
+all that this machine can run: `gpu` and `gpu_optim` only where torch finds a GPU. Ctrl-C ends the
+current one, which keeps what is done, and leaves out the rest.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ SCRIPTS = {
     "optim": ("bench_optim.py",),
     "sweep": ("bench_sweep.py",),
     "gpu": ("bench_gpu.py",),
+    "gpu_optim": ("bench_gpu_optim.py",),
 }
 
 

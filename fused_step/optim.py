@@ -40,15 +40,17 @@ class SGD(torch.optim.SGD):
     (``foreach=False, fused=False``) on the same processor. bfloat16 and float16 parameters are
     computed in float32 and rounded once, where torch rounds after each operation.
 
-    Ordinary, dense tensors on the CPU take this path. Whatever else there is (other devices, sparse
-    gradients, complex parameters, strided views, gradients that lie in memory in another order than
-    their parameter, memory that is shared, tensor subclasses such as DTensor) is updated by torch's
-    own functions, with their results and errors; so is everything under ``torch.compile``,
-    ``torch.func`` and dispatch modes.
+    Ordinary, dense tensors on the CPU take this path, and on CUDA where the extension was built
+    with it: there a step is one launch for each group and dtype, waits for nothing, reads a
+    learning rate that is a tensor on the device there, and can be captured in a graph. Whatever
+    else there is (other devices, sparse gradients, complex parameters, strided views, gradients
+    that lie in memory in another order than their parameter, memory that is shared, tensor
+    subclasses such as DTensor) is updated by torch's own functions, with their results and errors;
+    so is everything under ``torch.compile``, ``torch.func`` and dispatch modes.
 
     The ``state_dict()`` is torch.optim.SGD's and loads in either. Hooks, schedulers, closures,
     profiler ranges and ``torch.amp.GradScaler`` work as they do there; a step that the scaler skips
-    changes nothing.
+    changes nothing, but that on CUDA the buffers of a first step are there then, and zero.
 
     Args:
         params: parameters or named parameters, or dicts that define groups.

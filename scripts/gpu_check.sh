@@ -5,7 +5,8 @@
 # ones. Without a GPU it says so, builds, and runs a part of the tests on the CPU.
 #
 # Usage: scripts/gpu_check.sh OUTDIR       (PYTHON=... names another python3)
-# Writes OUTDIR/gpu_check.log, summary.json, suite.xml, and gpu.json with its table from the benchmark.
+# Writes OUTDIR/gpu_check.log, summary.json, suite.xml, and gpu.json and gpu_optim.json with their
+# tables from the benchmarks.
 # Exit status: 0 all stages passed on a GPU; 1 a stage failed; 2 there is no GPU.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -113,23 +114,26 @@ stage build "$build_limit" env FUSED_STEP_BUILD=require "$python" setup.py build
 built=$?
 
 if ((built != 0)); then
-    for name in suite memcheck racecheck benchmark; do not_run "$name" "the build failed"; done
+    for name in suite memcheck racecheck benchmark "benchmark of the optimizer"; do not_run "$name" "the build failed"; done
 elif [[ -z $gpu ]]; then
     stage "suite, a part of it, on the CPU" 900 "${pytest[@]}" "--junitxml=$out/suite.xml" \
         tests/test_info.py tests/test_op_linear_mse_sgd.py tests/test_train_step_resume.py \
-        tests/test_cuda.py
+        tests/test_cuda.py tests/test_sgd_cuda.py
     for name in suite memcheck racecheck; do not_run "$name" "there is no GPU"; done
     stage "sanitizer's set, on the CPU, without a sanitizer" 300 \
         "$python" scripts/sanitizer_set.py --device cpu
     stage "benchmark, rehearsed on the CPU" 600 "$python" benchmarks/bench_gpu.py --rehearse
-    not_run benchmark "there is no GPU"
+    stage "benchmark of the optimizer, rehearsed on the CPU" 300 \
+        "$python" benchmarks/bench_gpu_optim.py --rehearse
+    for name in benchmark "benchmark of the optimizer"; do not_run "$name" "there is no GPU"; done
 else
     stage suite 200 "${pytest[@]}" "--junitxml=$out/suite.xml" --device=cuda \
         tests/test_cuda.py tests/test_train_step.py tests/test_train_step_resume.py \
         tests/test_train_step_schedulers.py tests/test_run.py tests/test_op_linear_mse_sgd.py \
         tests/test_linear_mse_loss.py tests/test_linear_mse_loss_autograd.py \
         tests/test_linear_mse_loss_module.py tests/test_linear_mse_loss_coverage.py \
-        tests/test_preconditions.py
+        tests/test_preconditions.py tests/test_sgd_cuda.py tests/test_sgd.py \
+        tests/test_sgd_scaler.py tests/test_sgd_layouts.py tests/test_sgd_state.py
     if command -v compute-sanitizer > /dev/null; then
         # Without torch's cache of memory, so that what lies beyond a tensor is nobody's; our kernels
         # alone, since torch's are many and slow to check.
@@ -141,7 +145,9 @@ else
     else
         for tool in memcheck racecheck; do not_run "$tool" "compute-sanitizer is not installed"; done
     fi
-    stage benchmark 180 "$python" benchmarks/bench_gpu.py --quick --out "$out"
+    stage "benchmark of the optimizer" 45 \
+        "$python" benchmarks/bench_gpu_optim.py --quick --out "$out"
+    stage benchmark 150 "$python" benchmarks/bench_gpu.py --quick --out "$out"
 fi
 
 # --- what came of it ------------------------------------------------------------------------------

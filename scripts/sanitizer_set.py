@@ -83,6 +83,33 @@ def check_loss(B: int, I: int, O: int, dtype: torch.dtype, device: str) -> bool:
     return all(is_close(a, e, dtype) for a, e in zip(ours, exact, strict=True))
 
 
+def train_all(params: list[Tensor], make, options: dict) -> list[Tensor]:
+    """Three steps over many tensors."""
+    optimizer = make(params, lr=0.01, **options)
+    for number in range(3):
+        for k, p in enumerate(params):
+            p.grad = torch.full_like(p, 0.5 + 0.25 * number + 0.125 * (k % 3))
+        optimizer.step()
+    return [p.detach() for p in params]
+
+
+def check_optimizer(dtype: torch.dtype, options: dict, device: str) -> bool:
+    """Tensors of many sizes, each in a sea of NaN, every other one an element off."""
+    own = {"momentum_dtype": torch.float32} if dtype.itemsize == 2 else {}
+    params = []
+    for k, n in enumerate((*range(1, 20), 1_000, 4_095, 4_097, 20_011)):
+        sea = torch.full((n + 9,), float("nan"), dtype=dtype, device=device)
+        sea[k % 2 : k % 2 + n] = torch.randn(n, device=device).to(dtype)
+        params.append(nn.Parameter(sea[k % 2 : k % 2 + n]))
+    copies = [nn.Parameter(p.detach().double()) for p in params]
+    ours = train_all(params, fused_step.SGD, {**options, **own})
+    exact = train_all(copies, torch.optim.SGD, {**options, "foreach": False})
+    good = all(is_close(a, b, dtype) for a, b in zip(ours, exact, strict=True))
+    clipping = fused_step.SGD(params, lr=0.0, max_grad_norm=1.0)
+    clipping.step(zero_grad=True, set_to_none=False)
+    return good and not any(p.grad.any() for p in params) and bool(clipping.grad_norm > 0)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda")
@@ -99,6 +126,10 @@ def main() -> None:
             if not check_loss(*shape, dtype, device):
                 wrong.append(f"loss {shape} {dtype}")
         print(f"{shape}: done", flush=True)
+    for dtype in DTYPES:
+        for options in OPTIONS:
+            if not check_optimizer(dtype, options, device):
+                wrong.append(f"optimizer {dtype} {options}")
     print("plans:", ", ".join(sorted(plans)))
     if wrong:
         raise SystemExit("wrong results:\n" + "\n".join(wrong))

@@ -81,6 +81,7 @@ def test_a_16_bit_parameter_is_rounded_once_an_update():
     assert weight.item() == 1.0 - 2.0**-8
 
 
+@pytest.mark.cpu_only("instruction sets of the processor")
 @pytest.mark.parametrize("isa", ISA_LEVELS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_instruction_set_keeps_the_rule(isa, dtype):
@@ -106,6 +107,7 @@ def test_every_instruction_set_keeps_the_rule(isa, dtype):
         _C.use_isa(before)
 
 
+@pytest.mark.cpu_only("threads of torch")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_bits_do_not_depend_on_the_number_of_threads(dtype):
     sizes = (3, 70_001, 1, 40_000, 0, 129, 33_333)

@@ -7,6 +7,7 @@ import warnings
 
 import pytest
 import torch
+from device import DEVICE
 from sgd_oracle import DTYPES, MOMENTUM, Twins, copy_of, momentum_of, random_params, torch_sgd
 from torch import Tensor
 from torch.nn import Parameter
@@ -174,6 +175,7 @@ def test_a_gradient_that_is_a_parameters_memory(shift):
         assert torch.equal(a, b)
 
 
+@pytest.mark.cpu_only("memory of NumPy")
 def test_memory_under_another_storage_is_found():
     array = torch.arange(10.0).numpy()
     results = []
@@ -326,10 +328,10 @@ def test_modes_see_torchs_operators():
 @pytest.mark.parametrize(
     "context",
     (
-        lambda: torch.device("cpu"),
+        lambda: DEVICE,
         lambda: torch.inference_mode(),
         lambda: torch.autograd.forward_ad.dual_level(),
-        lambda: torch.amp.autocast("cpu", dtype=torch.bfloat16),
+        lambda: torch.amp.autocast(DEVICE.type, dtype=torch.bfloat16),
         lambda: torch.autograd.set_detect_anomaly(True),
     ),
     ids=("device", "inference", "forward AD", "autocast", "anomaly"),

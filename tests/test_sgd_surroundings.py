@@ -191,6 +191,7 @@ def test_steps_of_two_optimizers_in_two_threads():
         twin.check()
 
 
+@pytest.mark.cpu_only("a step on a GPU is enqueued before another thread is awake")
 def test_other_threads_run_while_a_large_step_does():
     weight = Parameter(torch.ones(4_000_000))
     weight.grad = torch.ones(4_000_000)
@@ -286,6 +287,7 @@ def test_hooks_run_in_a_compiled_step():
     assert torch.equal(weight, torch.zeros(3))
 
 
+@pytest.mark.cpu_only("a mesh of CPUs")
 @pytest.mark.filterwarnings("ignore")
 def test_dtensor_parameters(tmp_path):
     from torch import distributed as dist

@@ -41,6 +41,8 @@ class OptimCase:
     momentum: float = 0.0
     targets: tuple[str, ...] = ()
     note: str = ""
+    device: str = "cpu"
+    peak_memory: bool = False  # never: a step takes none
 
     learning_rate = LEARNING_RATE
     dtype = "float32"
@@ -82,11 +84,16 @@ class OptimData:
     """Parameters to start from, and gradients that all contestants share."""
 
     def __init__(self, case: OptimCase, seed: int):
-        generator = torch.Generator().manual_seed(seed)
+        device = case.device
+        generator = torch.Generator(device).manual_seed(seed)
+
+        def randn(shape: tuple[int, ...]) -> torch.Tensor:
+            return torch.randn(shape, generator=generator, device=device)
+
         self.case = case
         self.seed = seed
-        self.start = [torch.randn(shape, generator=generator) for shape in case.shapes]
-        self.grads = [torch.randn(shape, generator=generator) for shape in case.shapes]
+        self.start = [randn(shape) for shape in case.shapes]
+        self.grads = [randn(shape) for shape in case.shapes]
 
     def parameters(self, dtype: torch.dtype = torch.float32) -> list[torch.nn.Parameter]:
         """Copies of the start with their gradients."""

@@ -10,6 +10,7 @@
 
 #include "bindings/cuda_support.h"
 #include "bindings/linear_mse_sgd_cuda.h"
+#include "bindings/sgd_cuda.h"
 #endif
 
 namespace fused_step {
@@ -56,6 +57,11 @@ bool is_captured(c10::Device device) {
   return device.is_cuda() && is_capturing(c10::cuda::getCurrentCUDAStream(device.index()));
 }
 
+at::Tensor sgd_cuda(const SgdCudaStep& step, SgdCudaMemory& memory) {
+  if (memory == nullptr) memory = std::make_shared<SgdCuda>();
+  return memory->step(step);
+}
+
 const char* plan_name(const LinearSgdState& state, const at::Tensor& input, int64_t B) {
   if (state.weight.is_cuda()) return cuda_plan_name(state, input.scalar_type(), B);
   return cpu_plan_name(plan_for(state, B));
@@ -86,6 +92,10 @@ at::Tensor run_linear_mse_sgd(const LinearSgdState& state, const at::Tensor& inp
 bool is_served(c10::Device device) { return device.is_cpu(); }
 
 bool is_captured(c10::Device /*device*/) { return false; }
+
+at::Tensor sgd_cuda(const SgdCudaStep& /*step*/, SgdCudaMemory& /*memory*/) {
+  TORCH_INTERNAL_ASSERT(false, "is_served() allows no CUDA tensor in this build");
+}
 
 const char* plan_name(const LinearSgdState& state, const at::Tensor& /*input*/, int64_t B) {
   return cpu_plan_name(plan_for(state, B));

@@ -7,11 +7,13 @@
 
 #include <cstdint>
 #include <functional>
+#include <memory>
 #include <string>
 
 #include "bindings/device_scratch.h"
 #include "bindings/linear_mse_passes.h"
 #include "bindings/linear_mse_sgd.h"
+#include "bindings/sgd_items.h"
 
 namespace fused_step {
 
@@ -30,6 +32,14 @@ bool has_plain_keys(const at::Tensor& t);
 
 // Whether the current stream of `device` is being captured into a graph.
 bool is_captured(c10::Device device);
+
+// What an optimizer keeps of its tensors on CUDA (sgd_cuda.h); null until it has any.
+class SgdCuda;
+using SgdCudaMemory = std::shared_ptr<SgdCuda>;
+
+// Enqueues the step for the items on CUDA, of which there are some. The norm of all gradients where
+// the step asks for it, else undefined.
+at::Tensor sgd_cuda(const SgdCudaStep& step, SgdCudaMemory& memory);
 
 // The plan for B rows of `input`, and why no deeper one: empty for the deepest.
 const char* plan_name(const LinearSgdState& state, const at::Tensor& input, int64_t B);

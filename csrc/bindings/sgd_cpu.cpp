@@ -10,8 +10,6 @@
 
 namespace fused_step {
 
-using cpu::SgdStorage;
-
 namespace {
 
 // ends[k]: elements of the items up to and with k.
@@ -40,27 +38,6 @@ void* advance(void* pointer, int64_t bytes) {
 }
 
 }  // namespace
-
-int64_t param_bytes(SgdStorage storage) {
-  switch (storage) {
-    case SgdStorage::kFloat:
-      return 4;
-    case SgdStorage::kDouble:
-      return 8;
-    default:
-      return 2;
-  }
-}
-
-int64_t buf_bytes(SgdStorage storage) {
-  switch (storage) {
-    case SgdStorage::kBFloat16FloatBuf:
-    case SgdStorage::kFloat16FloatBuf:
-      return 4;
-    default:
-      return param_bytes(storage);
-  }
-}
 
 void sgd_cpu(const std::vector<SgdItem>& items, const std::vector<cpu::SgdRule>& rules) {
   const cpu::SgdKernels& kernels = cpu::sgd_kernels();

@@ -6,23 +6,13 @@
 #include <cstdint>
 #include <vector>
 
+#include "bindings/sgd_items.h"
 #include "cpu/kernels.h"
 
 namespace fused_step {
 
-// One parameter with its gradient and momentum buffer. `slice` holds all of it.
-struct SgdItem {
-  cpu::SgdSlice slice;
-  cpu::SgdStorage storage;
-  int32_t group;  // index of its rule
-};
-
-// Bytes of an element of a parameter so stored, and of its momentum buffer.
-int64_t param_bytes(cpu::SgdStorage storage);
-int64_t buf_bytes(cpu::SgdStorage storage);
-
-// Updates every item by its group's rule. The elements of all items are one range, divided among
-// the threads; up to 64 k elements there is but the calling one.
+// Updates every item, all on the CPU, by its group's rule. The elements of all items are one range,
+// divided among the threads; up to 64 k elements there is but the calling one.
 void sgd_cpu(const std::vector<SgdItem>& items, const std::vector<cpu::SgdRule>& rules);
 
 // The 2-norm of all gradients, summed in double in a fixed order: the same bits on any number of

@@ -2,6 +2,7 @@
 #include "bindings/sgd_step.h"
 
 #include <ATen/EmptyTensor.h>
+#include <ATen/ops/empty_strided.h>
 #include <ATen/record_function.h>
 #include <torch/csrc/Dtype.h>
 #include <torch/csrc/Exceptions.h>
@@ -9,17 +10,20 @@
 #include <torch/csrc/autograd/variable.h>
 
 #include <algorithm>
+#include <cmath>
 
+#include "bindings/dtypes.h"
+#include "bindings/linear_mse_passes.h"
 #include "bindings/python_objects.h"
+#include "bindings/sgd_cpu.h"
 #include "bindings/sgd_groups.h"
 #include "bindings/watch.h"
 #include "bindings/world.h"
+#include "core/sgd_math.h"
 
 namespace fused_step {
 
 namespace py = pybind11;
-using cpu::GradAfter;
-using cpu::SgdStorage;
 
 namespace {
 
@@ -39,10 +43,10 @@ bool has_hooks_or_profiler(PyObject* dict) {
          !is_empty_dict(get_item(dict, o.names.step_post_hooks)) || at::hasCallbacks();
 }
 
-// The first element of a dense tensor, whose elements fill a range of memory without gaps. False
-// for any other.
-bool dense_memory(const at::Tensor& t, bool writes, void*& data) {
-  if (!has_plain_cpu_keys(t) || !t.is_non_overlapping_and_dense()) return false;
+// The first element of a dense tensor on `device`, whose elements fill a range of memory without
+// gaps. False for any other.
+bool dense_memory(const at::Tensor& t, c10::Device device, bool writes, void*& data) {
+  if (!has_plain_keys(t) || t.device() != device || !t.is_non_overlapping_and_dense()) return false;
   const c10::Storage& storage = t.unsafeGetTensorImpl()->unsafe_storage();
   const auto bytes_each = static_cast<int64_t>(t.dtype().itemsize());
   const int64_t begin = t.storage_offset() * bytes_each;
@@ -100,7 +104,7 @@ Extent range_of(const void* data, int64_t bytes) {
 
 // Memory of a tensor that torch's loop will read or write, as far as it can be told.
 Extent extent_of_left(const at::Tensor& t) {
-  const bool is_told = t.defined() && t.device().is_cpu() && t.layout() == at::kStrided &&
+  const bool is_told = t.defined() && (t.is_cpu() || t.is_cuda()) && t.layout() == at::kStrided &&
                        !t.key_set().has(c10::DispatchKey::Python) && t.has_storage();
   return is_told ? extent_of(t) : Extent{0, 0};
 }
@@ -138,8 +142,15 @@ bool same_extents(const std::vector<Extent>& a, const std::vector<Extent>& b) {
   });
 }
 
-// One number that a GradScaler leaves on the optimizer: absent or None keeps `value`.
-bool read_scaler_value(PyObject* object, double& value) {
+// Whether kernels may read one number from `t`.
+bool is_device_scalar(const at::Tensor& t) {
+  return t.is_cuda() && has_plain_keys(t) && t.numel() == 1 && !t.requires_grad() &&
+         has_its_storage(t);
+}
+
+// One number that a GradScaler leaves on the optimizer: absent or None keeps `value`; one on CUDA
+// is not read, which would wait for the device, but handed on.
+bool read_scaler_value(PyObject* object, double& value, at::Tensor& on_device) {
   if (object == nullptr || object == Py_None) return true;
   if (PyLong_Check(object) || PyFloat_Check(object)) {
     value = PyFloat_AsDouble(object);
@@ -147,6 +158,11 @@ bool read_scaler_value(PyObject* object, double& value) {
   }
   if (!THPVariable_CheckExact(object)) return false;
   const at::Tensor& t = THPVariable_Unpack(object);
+  if (t.is_cuda()) {
+    if (!is_device_scalar(t) || t.scalar_type() != at::kFloat) return false;
+    on_device = t;
+    return true;
+  }
   if (!has_plain_cpu_keys(t) || t.numel() != 1 || !has_its_storage(t)) return false;
   if (t.scalar_type() == at::kFloat) {
     value = *t.const_data_ptr<float>();
@@ -172,9 +188,8 @@ bool SgdStep::read_group(PyObject* dict, Group& group, cpu::SgdRule& rule) {
   if (dict == group.dict && version == group.version && version != 0) return true;
   const bool had_momentum = rule.options.momentum != 0.0;
   bool may_be_kept = true;
-  PyObject* device_lr = nullptr;
-  group.has_options =
-      read_sgd_options(dict, rule.options, device_lr, may_be_kept) && device_lr == nullptr;
+  group.lr = nullptr;
+  group.has_options = read_sgd_options(dict, rule.options, group.lr, may_be_kept);
   group.momentum_float = is_float32(get_item(dict, n.momentum_dtype));
   if ((rule.options.momentum != 0.0) != had_momentum) state_version_ = 0;
   PyObject* const params = get_item(dict, n.params);
@@ -272,14 +287,12 @@ bool SgdStep::read(PyObject* dict) {
 bool SgdStep::read_scaling(PyObject* dict, Scaling& scaling) {
   const Names& n = python_objects().names;
   double grad_scale = 1.0, found_inf = 0.0;
-  if (!read_scaler_value(get_item(dict, n.grad_scale), grad_scale) ||
-      !read_scaler_value(get_item(dict, n.found_inf), found_inf)) {
+  if (!read_scaler_value(get_item(dict, n.grad_scale), grad_scale, scaling.grad_scale) ||
+      !read_scaler_value(get_item(dict, n.found_inf), found_inf, scaling.found_inf)) {
     return false;
   }
   scaling.skips = found_inf != 0.0;
-  // As GradScaler.unscale_ does: the reciprocal in double, kept as a float.
-  if (grad_scale != 1.0)
-    scaling.unscale = static_cast<double>(static_cast<float>(1.0 / grad_scale));
+  if (grad_scale != 1.0) scaling.unscale = static_cast<double>(sgd_unscale(grad_scale));
   PyObject* const max_norm = get_item(dict, n.max_grad_norm);
   if (max_norm == nullptr || max_norm == Py_None) return true;
   if (!PyLong_Check(max_norm) && !PyFloat_Check(max_norm)) return false;
@@ -287,15 +300,39 @@ bool SgdStep::read_scaling(PyObject* dict, Scaling& scaling) {
   return true;
 }
 
+// Whether the kernels may update a parameter on `device` under its group's options.
+bool SgdStep::is_for_cuda(const Slot& slot, c10::Device device, const Scaling& scaling) const {
+  const auto g = static_cast<size_t>(slot.group);
+  if (!device.is_cuda() || !is_served(device)) return false;
+  if (groups_[g].lr != nullptr) {
+    const at::Tensor& lr = THPVariable_Unpack(groups_[g].lr);
+    const bool is_read = lr.scalar_type() == at::kFloat || lr.scalar_type() == at::kDouble;
+    if (!is_device_scalar(lr) || !is_read || lr.device() != device) return false;
+  }
+  // Whether the scaler skips this step is known to the device alone. The buffer of a first step is
+  // made of zeros then, and if it is skipped the next one averages it as a history: that is the
+  // first step's rule only where g is not dampened.
+  const SgdOptions& o = rules_[g].options;
+  const bool is_first = o.momentum != 0.0 && slot.buf == nullptr;
+  return !is_first || !scaling.found_inf.defined() ||
+         (o.dampening == 0.0 && std::isfinite(o.momentum));
+}
+
 // False: the parameter is left to torch.
 bool SgdStep::add_work(Slot& slot, const at::Tensor& param, const at::Tensor& grad,
-                       bool writes_grads) {
+                       bool writes_grads, const Scaling& scaling) {
   const auto g = static_cast<size_t>(slot.group);
   const bool has_momentum = rules_[g].options.momentum != 0.0;
+  const c10::Device device = param.device();
   void *param_data = nullptr, *grad_data = nullptr, *buf_data = nullptr;
   // A tensor that copies on write is copied when its memory is asked for to be written.
   if (!groups_[g].has_options || grad.scalar_type() != param.scalar_type() ||
-      !same_order(param, grad) || !dense_memory(grad, writes_grads, grad_data)) {
+      !same_order(param, grad) || !dense_memory(grad, device, writes_grads, grad_data)) {
+    return false;
+  }
+  const bool on_cpu = device.is_cpu();
+  if (on_cpu ? groups_[g].lr != nullptr || scaling.is_on_device()
+             : !is_for_cuda(slot, device, scaling)) {
     return false;
   }
   const at::ScalarType dtype = param.scalar_type();
@@ -305,16 +342,20 @@ bool SgdStep::add_work(Slot& slot, const at::Tensor& param, const at::Tensor& gr
   if (has_momentum && slot.buf != nullptr) {
     if (!THPVariable_CheckExact(slot.buf)) return false;
     buf = &THPVariable_Unpack(slot.buf);
-    if (!same_order(param, *buf) || buf->requires_grad() || !dense_memory(*buf, true, buf_data)) {
+    if (!same_order(param, *buf) || buf->requires_grad() ||
+        !dense_memory(*buf, device, true, buf_data)) {
       return false;
     }
     buf_dtype = buf->scalar_type();
   }
   SgdItem item{};
-  if (!storage_of(dtype, buf_dtype, item.storage) || !dense_memory(param, true, param_data)) {
+  if (!storage_of(dtype, buf_dtype, item.storage) ||
+      !dense_memory(param, device, true, param_data)) {
     return false;
   }
+  item.device = on_cpu ? kOnCpu : device.index();
   item.group = slot.group;
+  (on_cpu ? has_cpu_items_ : has_cuda_items_) = true;
   item.slice = {param_data, grad_data, buf_data, param.numel(), has_momentum && buf == nullptr};
   items_.push_back(item);
   work_.push_back({&slot, &param, &grad, buf});
@@ -327,7 +368,7 @@ bool SgdStep::add_work(Slot& slot, const at::Tensor& param, const at::Tensor& gr
 
 // Whether nothing that is written shares memory with anything else, in this step's items or in what
 // is left to torch: then the order of the updates does not matter.
-bool SgdStep::is_disjoint(bool writes_grads) {
+bool SgdStep::is_disjoint(bool writes_grads, const Scaling& scaling) {
   if (!same_extents(written_, checked_)) {
     sorted_ = written_;
     if (!sort_disjoint(sorted_)) {
@@ -345,15 +386,30 @@ bool SgdStep::is_disjoint(bool writes_grads) {
     if (writes_grads) grads.push_back(grad);
   }
   if (writes_grads && !sort_disjoint(grads)) return false;
+  const auto is_clear = [&](const at::Tensor& t) {
+    size_t place = 0, grad_place = 0;
+    return is_clear_of(sorted_, extent_of_left(t), place) &&
+           (!writes_grads || is_clear_of(grads, extent_of_left(t), grad_place));
+  };
   for (const Slot* slot : left_) {
     const at::Tensor& param = THPVariable_Unpack(slot->param);
     const bool has_buf = slot->buf != nullptr && THPVariable_CheckExact(slot->buf);
     const at::Tensor buf = has_buf ? THPVariable_Unpack(slot->buf) : at::Tensor();
     for (const at::Tensor& t : {param, at::Tensor(param.grad()), buf}) {
-      size_t place = 0, grad_place = 0;
-      if (!is_clear_of(sorted_, extent_of_left(t), place)) return false;
-      if (writes_grads && !is_clear_of(grads, extent_of_left(t), grad_place)) return false;
+      if (!is_clear(t)) return false;
     }
+  }
+  if (!has_cuda_items_) return true;
+  // What the kernels read while they write.
+  for (const Group& group : groups_) {
+    if (group.lr != nullptr && !is_clear(THPVariable_Unpack(group.lr))) return false;
+  }
+  return is_clear(scaling.grad_scale) && is_clear(scaling.found_inf);
+}
+
+bool SgdStep::is_on_one_device() const {
+  for (const SgdItem& item : items_) {
+    if (item.device != items_[0].device) return false;
   }
   return true;
 }
@@ -363,6 +419,7 @@ bool SgdStep::gather(PyObject* dict, ZeroGrad zero_grad, Scaling& scaling) {
   items_.clear();
   left_.clear();
   written_.clear();
+  has_cpu_items_ = has_cuda_items_ = false;
   const Names& n = python_objects().names;
   PyObject* const defaults = get_item(dict, n.defaults);
   if (defaults == nullptr || !PyDict_Check(defaults) ||
@@ -370,7 +427,7 @@ bool SgdStep::gather(PyObject* dict, ZeroGrad zero_grad, Scaling& scaling) {
       !read_scaling(dict, scaling) || !read(dict)) {
     return false;
   }
-  const bool writes_grads = zero_grad == ZeroGrad::kToZero || scaling.unscale != 1.0;
+  const bool writes_grads = zero_grad == ZeroGrad::kToZero || scaling.unscales();
   for (Slot& slot : slots_) {
     if (!THPVariable_CheckExact(slot.param)) {
       if (!THPVariable_Check(slot.param)) return false;
@@ -379,14 +436,17 @@ bool SgdStep::gather(PyObject* dict, ZeroGrad zero_grad, Scaling& scaling) {
     }
     const at::Tensor& param = THPVariable_Unpack(slot.param);
     const at::Tensor& grad = grad_of(param);
-    if (grad.defined() && !add_work(slot, param, grad, writes_grads)) left_.push_back(&slot);
+    if (grad.defined() && !add_work(slot, param, grad, writes_grads, scaling)) {
+      left_.push_back(&slot);
+    }
   }
   // The norm is over all gradients.
-  return (left_.empty() || !scaling.max_norm.has_value()) && is_disjoint(writes_grads);
+  if (scaling.max_norm.has_value() && !(left_.empty() && is_on_one_device())) return false;
+  return is_disjoint(writes_grads, scaling);
 }
 
 // The buffers of a first step, which SGD would make from the gradient, by item.
-std::vector<at::Tensor> SgdStep::make_buffers() {
+std::vector<at::Tensor> SgdStep::make_buffers(const Scaling& scaling) {
   std::vector<at::Tensor> bufs;
   for (size_t k = 0; k < items_.size(); ++k) {
     SgdItem& item = items_[k];
@@ -395,9 +455,15 @@ std::vector<at::Tensor> SgdStep::make_buffers() {
     const at::Tensor& param = *work_[k].param;
     const bool is_float = item.storage == SgdStorage::kBFloat16FloatBuf ||
                           item.storage == SgdStorage::kFloat16FloatBuf;
-    bufs[k] = at::Tensor(at::detail::empty_strided_cpu(
-        param.sizes(), param.strides(),
-        at::TensorOptions().dtype(is_float ? at::kFloat : param.scalar_type())));
+    const at::TensorOptions options =
+        param.options().dtype(is_float ? at::kFloat : param.scalar_type());
+    if (item.device == kOnCpu) {
+      bufs[k] = at::Tensor(at::detail::empty_strided_cpu(param.sizes(), param.strides(), options));
+    } else {
+      bufs[k] = at::empty_strided(param.sizes(), param.strides(), options);
+      // It stays so if the step is skipped.
+      if (scaling.found_inf.defined()) bufs[k].zero_();
+    }
     item.slice.buf = bufs[k].mutable_data_ptr();
   }
   return bufs;
@@ -407,19 +473,17 @@ std::vector<SgdStep::Held> SgdStep::hold() {
   std::vector<Held> held;
   held.reserve(work_.size());
   for (Work& w : work_) {
-    held.push_back({py::reinterpret_borrow<py::object>(w.slot->param), *w.param, *w.grad,
-                    w.buf != nullptr ? *w.buf : at::Tensor()});
-    const Held& h = held.back();
-    w.param = &h.param;
-    w.grad = &h.grad;
-    if (w.buf != nullptr) w.buf = &h.buf;
+    PyObject* const buf = w.buf != nullptr ? w.slot->buf : nullptr;
+    held.push_back({py::reinterpret_borrow<py::object>(w.slot->param),
+                    py::reinterpret_borrow<py::object>(buf), *w.grad});
+    w.grad = &held.back().grad;
   }
   return held;
 }
 
 // What the step leaves behind beside the parameters.
 void SgdStep::leave_optimizer(PyObject* dict, const std::vector<at::Tensor>& new_bufs,
-                              bool wrote_grads, std::optional<double> norm) {
+                              bool wrote_grads, const at::Tensor& norm) {
   for (size_t k = 0; k < items_.size(); ++k) {
     const Work& w = work_[k];
     w.param->unsafeGetTensorImpl()->bump_version();
@@ -427,11 +491,8 @@ void SgdStep::leave_optimizer(PyObject* dict, const std::vector<at::Tensor>& new
     if (w.buf != nullptr) w.buf->unsafeGetTensorImpl()->bump_version();
     if (items_[k].slice.first_step) store_momentum_buffer(dict, w.slot->param, new_bufs[k]);
   }
-  if (!norm.has_value()) return;
-  const bool is_double = !items_.empty() && items_[0].storage == SgdStorage::kDouble;
-  const at::Tensor value =
-      at::scalar_tensor(*norm, at::TensorOptions().dtype(is_double ? at::kDouble : at::kFloat));
-  const py::object wrapped = py::reinterpret_steal<py::object>(THPVariable_Wrap(value));
+  if (!norm.defined()) return;
+  const py::object wrapped = py::reinterpret_steal<py::object>(THPVariable_Wrap(norm));
   if (PyDict_SetItem(dict, python_objects().names.grad_norm, wrapped.ptr()) != 0) {
     throw py::error_already_set();
   }
@@ -441,33 +502,69 @@ void SgdStep::drop_grads() {
   for (const Work& w : work_) w.param->mutable_grad().reset();
 }
 
-void SgdStep::run(PyObject* dict, const Scaling& scaling, ZeroGrad zero_grad) {
-  const GradAfter grad_after = zero_grad == ZeroGrad::kToZero ? GradAfter::kZero
-                               : scaling.unscale != 1.0       ? GradAfter::kUnscaled
-                                                              : GradAfter::kKept;
-  const std::vector<at::Tensor> new_bufs = make_buffers();
-  int64_t total = 0;
-  for (const SgdItem& item : items_) total += item.slice.n;
+// The norm of all gradients where it is asked for, else undefined.
+at::Tensor SgdStep::update_cpu_items(const std::vector<SgdItem>& items, const Scaling& scaling) {
+  at::Tensor norm;
+  if (scaling.max_norm.has_value()) {
+    const double value = sgd_grad_norm_cpu(items) * scaling.unscale;
+    for (cpu::SgdRule& rule : rules_) rule.clip = sgd_clip(*scaling.max_norm, value);
+    const bool is_double = !items.empty() && items[0].storage == SgdStorage::kDouble;
+    norm =
+        at::scalar_tensor(value, at::TensorOptions().dtype(is_double ? at::kDouble : at::kFloat));
+  }
+  sgd_cpu(items, rules_);
+  return norm;
+}
+
+// By group; undefined where it is a number, or nobody needs it.
+std::vector<at::Tensor> SgdStep::device_lrs() const {
+  std::vector<at::Tensor> lrs;
+  if (!has_cuda_items_) return lrs;
+  for (const Group& group : groups_) {
+    lrs.push_back(group.lr != nullptr ? THPVariable_Unpack(group.lr) : at::Tensor());
+  }
+  return lrs;
+}
+
+at::Tensor SgdStep::update_items(const std::vector<at::Tensor>& lrs, const Scaling& scaling,
+                                 GradAfter grad_after) {
   for (cpu::SgdRule& rule : rules_) {
     rule.unscale = scaling.unscale;
     rule.clip = 1.0;
     rule.grad_after = grad_after;
   }
+  if (!has_cuda_items_) return update_cpu_items(items_, scaling);
+  // First, for it may find no memory, and then nothing has changed.
+  const at::Tensor norm = sgd_cuda({items_, rules_, lrs, scaling.unscale, scaling.grad_scale,
+                                    scaling.found_inf, grad_after, scaling.max_norm},
+                                   cuda_memory_);
+  if (has_cpu_items_) {
+    std::vector<SgdItem> on_cpu;
+    for (const SgdItem& item : items_) {
+      if (item.device == kOnCpu) on_cpu.push_back(item);
+    }
+    update_cpu_items(on_cpu, scaling);
+  }
+  return norm;
+}
+
+void SgdStep::run(PyObject* dict, const Scaling& scaling, ZeroGrad zero_grad) {
+  const GradAfter grad_after = zero_grad == ZeroGrad::kToZero ? GradAfter::kZero
+                               : scaling.unscales()           ? GradAfter::kUnscaled
+                                                              : GradAfter::kKept;
+  const std::vector<at::Tensor> new_bufs = make_buffers(scaling), lrs = device_lrs();
+  int64_t total = 0;
+  for (const SgdItem& item : items_) total += item.slice.n;
   std::vector<Held> held;
-  std::optional<double> norm;
+  at::Tensor norm;
   {
     std::optional<py::gil_scoped_release> no_gil;
-    if (total > kMinElementsWithoutGil) {
+    // On CUDA a launch waits where the queue is full, and the GPU perhaps for another thread.
+    if (has_cuda_items_ || total > kMinElementsWithoutGil) {
       held = hold();
       no_gil.emplace();
     }
-    if (scaling.max_norm.has_value()) {
-      // torch.nn.utils.clip_grad_norm_'s factor; NaN stays NaN.
-      norm = sgd_grad_norm_cpu(items_) * scaling.unscale;
-      const double factor = *scaling.max_norm / (*norm + 1e-6);
-      for (cpu::SgdRule& rule : rules_) rule.clip = factor > 1.0 ? 1.0 : factor;
-    }
-    sgd_cpu(items_, rules_);
+    norm = update_items(lrs, scaling, grad_after);
   }
   leave_optimizer(dict, new_bufs, grad_after != GradAfter::kKept, norm);
   if (zero_grad == ZeroGrad::kToNone) drop_grads();

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// Door 3 on the CPU: finds out at each step which parameters the fused loops may update, and
+// Door 3: finds out at each step which parameters the fused loops and kernels may update, and
 // updates them; the rest is left to torch's own loop.
 #pragma once
 
@@ -11,8 +11,9 @@
 #include <optional>
 #include <vector>
 
+#include "bindings/engines.h"
 #include "bindings/memory.h"
-#include "bindings/sgd_cpu.h"
+#include "bindings/sgd_items.h"
 
 namespace fused_step {
 
@@ -24,7 +25,7 @@ enum class ZeroGrad : int8_t { kNo, kToNone, kToZero };
 class SgdStep {
  public:
   // A whole step. False, and nothing changed, where any of it is not for the fused loops: hooks, a
-  // profiler that wants to see the step, a parameter that is no ordinary CPU tensor.
+  // profiler that wants to see the step, a parameter that is no ordinary tensor of a served device.
   bool step(PyObject* optimizer, ZeroGrad zero_grad);
 
   // The update without hooks and profiler. Before it, so that nothing has changed when it raises,
@@ -39,6 +40,7 @@ class SgdStep {
     PyObject* params = nullptr;   // the list in dict
     bool has_options = false;     // false: an option is not for the fused loops
     bool momentum_float = false;  // momentum_dtype is float32
+    PyObject* lr = nullptr;       // a tensor on CUDA, instead of the rule's
   };
   // A parameter of a group, and what the optimizer's state has for it.
   struct Slot {
@@ -57,18 +59,23 @@ class SgdStep {
     const at::Tensor* grad;
     const at::Tensor* buf;  // null before the first step and without momentum
   };
-  // The same held, for while the loops run another thread may have the GIL.
+  // The same held, for while the loops run another thread may have the GIL. The objects hold the
+  // tensors that Work points to.
   struct Held {
-    pybind11::object object;
-    at::Tensor param;
+    pybind11::object param;
+    pybind11::object buf;
     at::Tensor grad;
-    at::Tensor buf;
   };
   // What a GradScaler and max_grad_norm want of this step.
   struct Scaling {
     bool skips = false;  // found_inf
     double unscale = 1.0;
+    at::Tensor grad_scale;  // [] on CUDA, instead of `unscale`
+    at::Tensor found_inf;   // [] on CUDA, instead of `skips`
     std::optional<double> max_norm;
+
+    bool is_on_device() const { return grad_scale.defined() || found_inf.defined(); }
+    bool unscales() const { return unscale != 1.0 || grad_scale.defined(); }
   };
 
   bool read(PyObject* dict);
@@ -77,13 +84,20 @@ class SgdStep {
   static bool read_scaling(PyObject* dict, Scaling& scaling);
   // False: everything is to be left. What is left by itself is in left_.
   bool gather(PyObject* dict, ZeroGrad zero_grad, Scaling& scaling);
-  bool add_work(Slot& slot, const at::Tensor& param, const at::Tensor& grad, bool writes_grads);
-  bool is_disjoint(bool writes_grads);
-  std::vector<at::Tensor> make_buffers();
+  bool add_work(Slot& slot, const at::Tensor& param, const at::Tensor& grad, bool writes_grads,
+                const Scaling& scaling);
+  bool is_for_cuda(const Slot& slot, c10::Device device, const Scaling& scaling) const;
+  bool is_disjoint(bool writes_grads, const Scaling& scaling);
+  bool is_on_one_device() const;
+  std::vector<at::Tensor> make_buffers(const Scaling& scaling);
   std::vector<Held> hold();
   void leave_optimizer(PyObject* dict, const std::vector<at::Tensor>& new_bufs, bool wrote_grads,
-                       std::optional<double> norm);
+                       const at::Tensor& norm);
   void drop_grads();
+  std::vector<at::Tensor> device_lrs() const;
+  at::Tensor update_items(const std::vector<at::Tensor>& lrs, const Scaling& scaling,
+                          GradAfter grad_after);
+  at::Tensor update_cpu_items(const std::vector<SgdItem>& items, const Scaling& scaling);
   void run(PyObject* dict, const Scaling& scaling, ZeroGrad zero_grad);
 
   PyObject* groups_list_ = nullptr;
@@ -95,11 +109,14 @@ class SgdStep {
 
   std::vector<Work> work_;
   std::vector<SgdItem> items_;
+  bool has_cpu_items_ = false;
+  bool has_cuda_items_ = false;
   std::vector<Slot*> left_;
   std::vector<Extent> written_;  // of this step, in order of the items
   std::vector<Extent> checked_;  // of the last step whose ranges were found disjoint
   std::vector<Extent> sorted_;   // checked_ by address
-  bool busy_ = false;            // a step is under way, in another thread
+  SgdCudaMemory cuda_memory_;
+  bool busy_ = false;  // a step is under way, in another thread
 
   struct InUse {
     explicit InUse(SgdStep& step) : step(step) { step.busy_ = true; }

@@ -27,4 +27,19 @@ struct SgdOptions {
   bool first_step = false;
 };
 
+// How the optimizer finds a parameter stored: its gradient has the same type, its momentum buffer
+// too unless the name says otherwise.
+enum class SgdStorage : int8_t {
+  kFloat,
+  kDouble,
+  kBFloat16,
+  kFloat16,
+  kBFloat16FloatBuf,
+  kFloat16FloatBuf
+};
+constexpr int kSgdStorageCount = 6;
+
+// What an optimizer's pass leaves in the gradient.
+enum class GradAfter : int8_t { kKept, kUnscaled, kZero };
+
 }  // namespace fused_step

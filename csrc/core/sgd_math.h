@@ -28,6 +28,19 @@ struct SgdCoefficients {
   bool first_step;
 };
 
+// What a GradScaler's scale is undone by. GradScaler.unscale_ divides in double and rounds to
+// float; of a float the quotient in float has the same bits.
+template <typename Scale>
+FUSED_STEP_INLINE float sgd_unscale(Scale scale) {
+  return static_cast<float>(Scale(1) / scale);
+}
+
+// What gradients of a 2-norm `norm` are multiplied by, as clip_grad_norm_ does; NaN stays NaN.
+FUSED_STEP_INLINE double sgd_clip(double max_norm, double norm) {
+  const double factor = max_norm / (norm + 1e-6);
+  return factor > 1.0 ? 1.0 : factor;
+}
+
 template <typename Accum>
 FUSED_STEP_INLINE SgdCoefficients<Accum> sgd_coefficients(const SgdOptions& options) {
   return {static_cast<Accum>(options.lr),

@@ -169,18 +169,6 @@ struct WideningKernels {
   void (*sgd)(const SgdPass<S>&);
 };
 
-// How the optimizer finds a parameter stored: its gradient has the same type, its momentum buffer
-// too unless the name says otherwise.
-enum class SgdStorage : int8_t {
-  kFloat,
-  kDouble,
-  kBFloat16,
-  kFloat16,
-  kBFloat16FloatBuf,
-  kFloat16FloatBuf
-};
-constexpr int kSgdStorageCount = 6;
-
 // A parameter, or a part of one.
 struct SgdSlice {
   void* param;  // [n]
@@ -189,9 +177,6 @@ struct SgdSlice {
   int64_t n;
   bool first_step;  // buf holds no history yet
 };
-
-// What a pass leaves in the gradient.
-enum class GradAfter : int8_t { kKept, kUnscaled, kZero };
 
 // What the slices of one param group have in common. The gradient is multiplied by `unscale`, then
 // by `clip`; options.first_step is the slice's to say.

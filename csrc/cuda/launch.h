@@ -126,4 +126,72 @@ struct SgdUpdate {
 template <typename P>
 cudaError_t launch_sgd_update(const SgdUpdate<P>& args, cudaStream_t stream);
 
+// A parameter of the optimizer's list, in device memory. All four arrays are apart from those of
+// every other tensor.
+struct SgdTensor {
+  void* param;         // [n]
+  void* grad;          // [n]
+  void* buf;           // [n], null without momentum
+  int64_t n;           // > 0
+  int64_t first_step;  // not 0: buf holds no history yet. As wide as the rest: no padding
+};
+
+// The elements of a tensor from number * kListChunk<P> (policy.h) on, as many or what is left.
+struct SgdChunk {
+  int32_t tensor;
+  int32_t number;
+};
+
+struct SgdChunks {
+  const SgdTensor* tensors;
+  const SgdChunk* chunks;  // [count]
+  int64_t count;           // < 2^31
+};
+
+// What stands in device memory because the host does not know it yet. Null: there is none of it.
+struct SgdScalars {
+  const float* lr_float;    // [] instead of options.lr
+  const double* lr_double;  // [] likewise
+  const float* grad_scale;  // [] gradients are divided by it
+  const float* found_inf;   // [] not 0: nothing is updated, gradients are only zeroed, if at all
+  const double* clip;       // [] gradients are multiplied by it, too
+};
+
+// The update rule on chunks of tensors stored as P, their momentum buffers as Buf.
+template <typename P, typename Buf>
+struct SgdList {
+  SgdChunks list;
+  SgdOptions options;  // first_step is the tensors' to say
+  SgdScalars scalars;
+  double unscale;  // gradients are multiplied by it
+  GradAfter grad_after;
+};
+template <typename P, typename Buf>
+cudaError_t launch_sgd_list(const SgdList<P, Buf>& args, cudaStream_t stream);
+
+// The 2-norm of gradients in several types: a launch for each, with partial sums in one array. The
+// last one, which says `finishes`, adds them and writes what came of it. Sums are in double, their
+// order follows from the sizes alone.
+template <typename P>
+struct GradNorm {
+  SgdChunks list;          // count may be 0
+  double* partials;        // [partials_count] of all launches
+  int64_t partials_begin;  // where those of this launch begin
+  int64_t partials_count;  // with this launch's, list.count or at least 1
+  bool finishes;
+  unsigned* ticket;  // [] zero before the launch and left zero by it
+  double unscale;
+  const float* grad_scale;  // [] or null
+  double max_norm;
+  double* clip;         // [] sgd_clip()
+  float* norm_float;    // [] unscale * norm / grad_scale, or null
+  double* norm_double;  // [] likewise
+};
+template <typename P>
+cudaError_t launch_grad_norm(const GradNorm<P>& args, cudaStream_t stream);
+
+// Copies `bytes`, a multiple of 16, to device memory by way of the launches' arguments: into a
+// graph they are captured by value, so that no memory of the host has to outlive the capture.
+cudaError_t launch_put(void* to, const void* from, int64_t bytes, cudaStream_t stream);
+
 }  // namespace fused_step::cuda

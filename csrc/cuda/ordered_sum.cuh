@@ -25,6 +25,19 @@ __device__ __forceinline__ bool arrives_last(unsigned* ticket, int64_t count) {
   return last;
 }
 
+// The sum of the values of a block's threads, in all of them. `shared`: [kThreads], a power of two.
+template <int kThreads>
+__device__ __forceinline__ double sum_block(double value, double* shared) {
+  const int thread = static_cast<int>(threadIdx.x);
+  shared[thread] = value;
+  __syncthreads();
+  for (int half = kThreads / 2; half > 0; half /= 2) {
+    if (thread < half) shared[thread] += shared[thread + half];
+    __syncthreads();
+  }
+  return shared[0];
+}
+
 // The partial sums of chunks, in a workspace aligned to 16.
 template <typename A>
 struct Partials {

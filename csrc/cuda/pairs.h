@@ -11,6 +11,16 @@
   M(BFloat16, float)                \
   M(Float16, float)
 
+// M(P, Buf) for each storage of the optimizer: the type of parameters and their gradients, and that
+// of their momentum buffers.
+#define FUSED_STEP_FOR_EACH_STORAGE(M) \
+  M(float, float)                      \
+  M(double, double)                    \
+  M(BFloat16, BFloat16)                \
+  M(Float16, Float16)                  \
+  M(BFloat16, float)                   \
+  M(Float16, float)
+
 // M(P) for each type of parameters.
 #define FUSED_STEP_FOR_EACH_PARAM(M) \
   M(float)                           \

@@ -25,18 +25,6 @@ __device__ __forceinline__ double* loss_sums(const Scratch& s, const ResidualGri
   return static_cast<double*>(s.workspace) + g.chunks * O + chunk * g.groups;
 }
 
-// The threads' values, thread by thread; in thread 0. `shared`: [kResidualThreads].
-__device__ __forceinline__ double sum_block(double value, double* shared) {
-  const int thread = static_cast<int>(threadIdx.x);
-  shared[thread] = value;
-  __syncthreads();
-  for (int half = kResidualThreads / 2; half > 0; half /= 2) {
-    if (thread < half) shared[thread] += shared[thread + half];
-    __syncthreads();
-  }
-  return shared[0];
-}
-
 // Block (chunk, group): the rows of a chunk, tiles of columns `group`, `group` + groups, ... A
 // thread stays in its column of a tile. Reads y, target and bias, overwrites y.
 template <typename X, typename P>
@@ -77,7 +65,7 @@ __global__ void __launch_bounds__(kResidualThreads) residual_kernel(const Residu
     }
   }
   __syncthreads();
-  loss = sum_block(loss, shared);
+  loss = sum_block<kResidualThreads>(loss, shared);
   if (thread == 0) loss_sums(r.scratch, g, r.O, chunk)[group] = loss;
 
   if (!arrives_last(r.scratch.tickets + group, g.chunks)) return;

@@ -75,7 +75,19 @@ __device__ __forceinline__ void load_all(const T* p, T (&to)[kV]) {
   }
 }
 
-inline bool is_aligned(const void* p, int64_t bytes) {
+template <typename T, int kV>
+__device__ __forceinline__ void store_all(T* p, const T (&from)[kV]) {
+  constexpr int kPart = kV * sizeof(T) > 16 ? 16 / sizeof(T) : kV;
+#pragma unroll
+  for (int at = 0; at < kV; at += kPart) {
+    T part[kPart];
+#pragma unroll
+    for (int j = 0; j < kPart; ++j) part[j] = from[at + j];
+    store<T, kPart>(p + at, part);
+  }
+}
+
+__host__ __device__ __forceinline__ bool is_aligned(const void* p, int64_t bytes) {
   return reinterpret_cast<uintptr_t>(p) % static_cast<uintptr_t>(bytes) == 0;
 }
 

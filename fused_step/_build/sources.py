@@ -31,10 +31,13 @@ CPU_SOURCES = (
 )
 # The CUDA engine: kernels by nvcc, bindings by the host compiler.
 CUDA_SOURCES = (
+    "cuda/grad_norm.cu",
     "cuda/one_pass.cu",
     "cuda/one_pass_grad.cu",
     "cuda/one_pass_step.cu",
+    "cuda/put.cu",
     "cuda/residual.cu",
+    "cuda/sgd_list.cu",
     "cuda/sgd_update.cu",
     "cuda/tiny_steps.cu",
 )
@@ -43,6 +46,7 @@ CUDA_BINDINGS = (
     "bindings/linear_mse_cuda.cpp",
     "bindings/linear_mse_sgd_cuda.cpp",
     "bindings/ops_cuda.cpp",
+    "bindings/sgd_cuda.cpp",
 )
 _SUFFIXES = (".cpp", ".h", ".cu", ".cuh")
 _RECIPE = ("cuda_toolkit", "recipe", "sources")  # modules beside this one

@@ -101,6 +101,25 @@ TEST(mse_scale_is_one_over_the_number_of_outputs_or_one) {
   check(mse_loss_scale(Reduction::kMean, B, 4) == std::ldexp(1.0, -42), "B * O was narrowed");
 }
 
+TEST(sgd_unscale_of_a_float_has_the_bits_that_the_quotient_in_double_is_rounded_to) {
+  describe("unscale");
+  for (int64_t k = 0; k < 100000; ++k) {
+    const int exponent = static_cast<int>(hash(7, static_cast<uint64_t>(k)) % 276) - 149;
+    const float scale = std::ldexp(random_value<float>(6, k), exponent);
+    check(sgd_unscale(scale) == sgd_unscale(static_cast<double>(scale)), "of %a",
+          static_cast<double>(scale));
+  }
+}
+
+TEST(sgd_clip_leaves_small_norms_alone_and_keeps_nan) {
+  describe("clip");
+  check(sgd_clip(2.0, 1.0) == 1.0, "a norm below the limit");
+  check(sgd_clip(0.0, 0.0) == 0.0, "a limit of 0");
+  check(sgd_clip(1.0, 4.0) == 1.0 / (4.0 + 1e-6), "a norm above the limit");
+  check(sgd_clip(1.0, kInf) == 0.0, "an infinite norm");
+  check(std::isnan(sgd_clip(1.0, std::numeric_limits<double>::quiet_NaN())), "NaN");
+}
+
 TEST(mse_of_an_empty_batch_is_nan_for_mean_and_zero_for_sum) {
   for (const auto& [B, O] : {std::pair<int64_t, int64_t>{0, 3}, {3, 0}, {0, 0}}) {
     describe("B %lld, O %lld", static_cast<long long>(B), static_cast<long long>(O));

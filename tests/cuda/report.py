@@ -34,7 +34,7 @@ def short_name(mangled: str) -> str:
     found = KERNEL.search(mangled)
     if found is None:
         return mangled
-    types = r"\d+(BFloat16|Float16|RingFeed|RegisterFeed)|Li(\d+)E|([fd](?=[fdL]|$)|S\d_(?=L))"
+    types = r"\d+(BFloat16|Float16|RingFeed|RegisterFeed)|L[ib](\d+)E|([fd](?=[fdL]|$)|S\d_(?=L))"
     words = ["".join(groups) for groups in re.findall(types, found[2])]
     return f"{found[1]}<{','.join(words)}>"
 

@@ -27,11 +27,30 @@ SANITIZERS = {
     "asan": ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
     "tsan": ["-fsanitize=thread"],
 }
-KERNELS = ["one_pass", "one_pass_step", "one_pass_grad", "tiny_steps", "residual", "sgd_update"]
-TESTS = ["main", "one_pass_test", "tiny_steps_test", "residual_test", "sgd_update_test"]
+KERNELS = [
+    "grad_norm",
+    "one_pass",
+    "one_pass_grad",
+    "one_pass_step",
+    "put",
+    "residual",
+    "sgd_list",
+    "sgd_update",
+    "tiny_steps",
+]
+TESTS = [
+    "grad_norm_test",
+    "main",
+    "one_pass_test",
+    "residual_test",
+    "sgd_list_test",
+    "sgd_update_test",
+    "tiny_steps_test",
+]
 ONE_PAIR = """#pragma once
 #define FUSED_STEP_FOR_EACH_PAIR(M) M(float, float)
 #define FUSED_STEP_FOR_EACH_PARAM(M) M(float)
+#define FUSED_STEP_FOR_EACH_STORAGE(M) M(float, float)
 """
 ENVIRONMENT = os.environ | {
     "ASAN_OPTIONS": "detect_leaks=0",

@@ -8,6 +8,11 @@
   M(float, float)                   \
   M(BFloat16, BFloat16)
 
+#define FUSED_STEP_FOR_EACH_STORAGE(M) \
+  M(float, float)                      \
+  M(BFloat16, BFloat16)                \
+  M(BFloat16, float)
+
 #define FUSED_STEP_FOR_EACH_PARAM(M) \
   M(float)                           \
   M(BFloat16)
