@@ -2,14 +2,13 @@
 #include "bindings/sgd_step.h"
 
 #include <ATen/EmptyTensor.h>
-#include <ATen/record_function.h>
-#include <torch/csrc/Dtype.h>
-#include <torch/csrc/Exceptions.h>
-#include <torch/csrc/autograd/python_variable.h>
-#include <torch/csrc/autograd/variable.h>
+#include <ATen/ops/scalar_tensor.h>
+#include <pybind11/cast.h>
+#include <pybind11/gil_simple.h>
 
 #include <algorithm>
 
+#include "bindings/python_bridge.h"
 #include "bindings/python_objects.h"
 #include "bindings/sgd_groups.h"
 #include "bindings/watch.h"
@@ -36,7 +35,7 @@ bool has_hooks_or_profiler(PyObject* dict) {
     if (!is_empty_dict(hooks)) return true;
   }
   return !is_empty_dict(get_item(dict, o.names.step_pre_hooks)) ||
-         !is_empty_dict(get_item(dict, o.names.step_post_hooks)) || at::hasCallbacks();
+         !is_empty_dict(get_item(dict, o.names.step_post_hooks)) || is_observed();
 }
 
 // The first element of a dense tensor, whose elements fill a range of memory without gaps. False
@@ -145,8 +144,8 @@ bool read_scaler_value(PyObject* object, double& value) {
     value = PyFloat_AsDouble(object);
     return true;
   }
-  if (!THPVariable_CheckExact(object)) return false;
-  const at::Tensor& t = THPVariable_Unpack(object);
+  if (!is_exact_tensor(object)) return false;
+  const at::Tensor& t = tensor_of(object);
   if (!has_plain_cpu_keys(t) || t.numel() != 1 || !has_its_storage(t)) return false;
   if (t.scalar_type() == at::kFloat) {
     value = *t.const_data_ptr<float>();
@@ -156,11 +155,6 @@ bool read_scaler_value(PyObject* object, double& value) {
     return false;
   }
   return true;
-}
-
-bool is_float32(PyObject* dtype) {
-  return dtype != nullptr && THPDtype_Check(dtype) &&
-         reinterpret_cast<THPDtype*>(dtype)->scalar_type == at::kFloat;
 }
 
 }  // namespace
@@ -303,8 +297,8 @@ bool SgdStep::add_work(Slot& slot, const at::Tensor& param, const at::Tensor& gr
   at::ScalarType buf_dtype = is_16_bit && groups_[g].momentum_float ? at::kFloat : dtype;
   const at::Tensor* buf = nullptr;
   if (has_momentum && slot.buf != nullptr) {
-    if (!THPVariable_CheckExact(slot.buf)) return false;
-    buf = &THPVariable_Unpack(slot.buf);
+    if (!is_exact_tensor(slot.buf)) return false;
+    buf = &tensor_of(slot.buf);
     if (!same_order(param, *buf) || buf->requires_grad() || !dense_memory(*buf, true, buf_data)) {
       return false;
     }
@@ -346,9 +340,9 @@ bool SgdStep::is_disjoint(bool writes_grads) {
   }
   if (writes_grads && !sort_disjoint(grads)) return false;
   for (const Slot* slot : left_) {
-    const at::Tensor& param = THPVariable_Unpack(slot->param);
-    const bool has_buf = slot->buf != nullptr && THPVariable_CheckExact(slot->buf);
-    const at::Tensor buf = has_buf ? THPVariable_Unpack(slot->buf) : at::Tensor();
+    const at::Tensor& param = tensor_of(slot->param);
+    const bool has_buf = slot->buf != nullptr && is_exact_tensor(slot->buf);
+    const at::Tensor buf = has_buf ? tensor_of(slot->buf) : at::Tensor();
     for (const at::Tensor& t : {param, at::Tensor(param.grad()), buf}) {
       size_t place = 0, grad_place = 0;
       if (!is_clear_of(sorted_, extent_of_left(t), place)) return false;
@@ -372,12 +366,12 @@ bool SgdStep::gather(PyObject* dict, ZeroGrad zero_grad, Scaling& scaling) {
   }
   const bool writes_grads = zero_grad == ZeroGrad::kToZero || scaling.unscale != 1.0;
   for (Slot& slot : slots_) {
-    if (!THPVariable_CheckExact(slot.param)) {
-      if (!THPVariable_Check(slot.param)) return false;
+    if (!is_exact_tensor(slot.param)) {
+      if (!is_tensor(slot.param)) return false;
       left_.push_back(&slot);
       continue;
     }
-    const at::Tensor& param = THPVariable_Unpack(slot.param);
+    const at::Tensor& param = tensor_of(slot.param);
     const at::Tensor& grad = grad_of(param);
     if (grad.defined() && !add_work(slot, param, grad, writes_grads)) left_.push_back(&slot);
   }
@@ -431,7 +425,7 @@ void SgdStep::leave_optimizer(PyObject* dict, const std::vector<at::Tensor>& new
   const bool is_double = !items_.empty() && items_[0].storage == SgdStorage::kDouble;
   const at::Tensor value =
       at::scalar_tensor(*norm, at::TensorOptions().dtype(is_double ? at::kDouble : at::kFloat));
-  const py::object wrapped = py::reinterpret_steal<py::object>(THPVariable_Wrap(value));
+  const py::object wrapped = py::reinterpret_steal<py::object>(to_python(value));
   if (PyDict_SetItem(dict, python_objects().names.grad_norm, wrapped.ptr()) != 0) {
     throw py::error_already_set();
   }
@@ -456,7 +450,7 @@ void SgdStep::run(PyObject* dict, const Scaling& scaling, ZeroGrad zero_grad) {
   std::vector<Held> held;
   std::optional<double> norm;
   {
-    std::optional<py::gil_scoped_release> no_gil;
+    std::optional<py::gil_scoped_release_simple> no_gil;
     if (total > kMinElementsWithoutGil) {
       held = hold();
       no_gil.emplace();
@@ -519,26 +513,23 @@ py::object SgdStep::update(PyObject* optimizer) {
 namespace {
 
 PyObject* call_step(PyObject* capsule, PyObject* const* args, Py_ssize_t count) {
-  HANDLE_TH_ERRORS
   TORCH_CHECK_TYPE(count == 2, "step: expected optimizer and zero_grad, got ", count, " arguments");
   auto* const step = static_cast<SgdStep*>(PyCapsule_GetPointer(capsule, nullptr));
   const long zero_grad = PyLong_AsLong(args[1]);
   TORCH_CHECK_VALUE(zero_grad >= 0 && zero_grad <= 2, "step: zero_grad must be 0, 1 or 2");
   return PyBool_FromLong(step->step(args[0], static_cast<ZeroGrad>(zero_grad)));
-  END_HANDLE_TH_ERRORS
 }
 
-PyMethodDef step_method = {"step",
-                           reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(call_step)),
-                           METH_FASTCALL, "step(optimizer, zero_grad) -> bool"};
+PyMethodDef step_method = fast_method<call_step>("step", "step(optimizer, zero_grad) -> bool");
 
 }  // namespace
 
-py::object sgd_step_function(const py::object& self) {
+py::object sgd_step_function(SgdStep& step, const py::object& self) {
   // The capsule, and with it the function, keeps `self` alive.
-  const py::object capsule = py::reinterpret_steal<py::object>(PyCapsule_New(
-      &self.cast<SgdStep&>(), nullptr,
-      [](PyObject* c) { Py_XDECREF(static_cast<PyObject*>(PyCapsule_GetContext(c))); }));
+  const py::object capsule =
+      py::reinterpret_steal<py::object>(PyCapsule_New(&step, nullptr, [](PyObject* c) {
+        Py_XDECREF(static_cast<PyObject*>(PyCapsule_GetContext(c)));
+      }));
   if (!capsule) throw py::error_already_set();
   PyCapsule_SetContext(capsule.ptr(), self.inc_ref().ptr());
   return py::reinterpret_steal<py::object>(PyCFunction_New(&step_method, capsule.ptr()));
