@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -31,4 +32,7 @@ def load() -> ModuleType:
         ) from error
 
 
-_C = load()
+if TYPE_CHECKING:
+    from fused_step import _C as _C  # its stub, _C.pyi
+else:
+    _C = load()
