@@ -37,10 +37,11 @@ demo: $(VENV)/.demo build  ## train a linear model on real data, plain and fused
 test: $(VENV)/.test build  ## run the test suite (PYTEST_ARGS="-k name" for a part of it)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
-lint: $(VENV)/.lint  ## check style: ruff, clang-format
+lint: $(VENV)/.lint  ## check style and types: ruff, clang-format, mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run -Werror $(CPP_FORMATTED)
+	$(BIN)/mypy
 
 format: $(VENV)/.lint  ## bring all sources into that style
 	$(BIN)/ruff check --fix .
@@ -93,7 +94,7 @@ cuda-build:  ## build with CUDA (no GPU needed), and run the suite in that build
 	cd $(CUDA_TREE) && $(abspath $(CUDA_VENV))/bin/python -m pytest $(PYTEST_ARGS)
 
 clean:  ## remove what was built and written, keep $(VENV)
-	rm -rf build dist demo-output .pytest_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf build dist demo-output .pytest_cache .ruff_cache .mypy_cache .hypothesis *.egg-info
 	rm -f fused_step/*.so fused_step/_build_info.json $(VENV)/.built
 	find fused_step tests benchmarks examples -name __pycache__ -prune -exec rm -rf {} +
 

@@ -16,6 +16,7 @@ import sys
 import warnings
 from pathlib import Path
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 import torch  # noqa: F401  first: it loads the libraries that the compiled module is linked to
 
@@ -66,4 +67,7 @@ def _import(path: Path) -> ModuleType:
     return module
 
 
-_C = load()
+if TYPE_CHECKING:
+    from fused_step import _C as _C  # its stub, _C.pyi
+else:
+    _C = load()

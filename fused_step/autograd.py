@@ -12,12 +12,11 @@ With r = y - t the gradients are made in the forward pass without their common f
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 
 from fused_step import _extension  # noqa: F401  registers the operator
 
@@ -42,12 +41,11 @@ class LinearMSEFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, ...]:
-        return _OP(*args)
+        made: tuple[Tensor, ...] = _OP(*args)
+        return made
 
     @staticmethod
-    def setup_context(
-        ctx: FunctionCtx, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
-    ) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         *operands, reduction, _, _, _, _ = inputs
         _, *stash = output
         ctx.mark_non_differentiable(*stash)
@@ -60,7 +58,11 @@ class LinearMSEFunction(torch.autograd.Function):
         if grad is None:
             return (None,) * 9
         needs = tuple(ctx.needs_input_grad[:4])
-        made = iter(_Gradients.apply(grad, *ctx.saved_tensors, ctx.reduction, needs))
+        made = iter(
+            _Gradients.apply(  # type: ignore[no-untyped-call]  # torch's, without annotations
+                grad, *ctx.saved_tensors, ctx.reduction, needs
+            )
+        )
         return (*(next(made) if needed else None for needed in needs), *(None,) * 5)
 
 
@@ -96,9 +98,7 @@ class _Gradients(torch.autograd.Function):
         )
 
     @staticmethod
-    def setup_context(
-        ctx: FunctionCtx, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
-    ) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         *tensors, ctx.reduction, ctx.needs = inputs
         ctx.save_for_backward(*tensors[:5])
 
@@ -115,7 +115,8 @@ class _Gradients(torch.autograd.Function):
             return _chain(r * factor if target.numel() else r, input, weight, needs)
 
         given = (grad, input, weight, target, *(() if bias is None else (bias,)))
-        _, pull_back = torch.func.vjp(formula, *given)
+        # vjp() returns three with has_aux only.
+        _, pull_back = torch.func.vjp(formula, *given)  # type: ignore[misc]
         dgrad, dinput, dweight, dtarget, *dbias = pull_back(tuple(grads))
         return (dgrad, dinput, dweight, *(dbias or (None,)), dtarget, *(None,) * 6)
 
@@ -132,7 +133,7 @@ def _chain(dy: Tensor, input: Tensor, weight: Tensor, needs: Sequence[bool]) -> 
     O, I = weight.shape
     B = math.prod(dy.shape[:-1])
     rows = dy.reshape(B, O)
-    made = (
+    made: tuple[Callable[[], Tensor], ...] = (
         lambda: dy @ weight,
         lambda: rows.T @ input.reshape(B, I),
         lambda: rows.sum(0),

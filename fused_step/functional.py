@@ -14,6 +14,7 @@ from fused_step import _autocast
 from fused_step._extension import _C
 from fused_step.autograd import LinearMSEFunction
 
+_Operands = tuple[Tensor, Tensor, Tensor | None, Tensor]  # input, weight, bias, target
 _OP = torch.ops.fused_step.linear_mse_loss.default
 _NAME = "fused_step::linear_mse"
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -72,11 +73,12 @@ def linear_mse_loss(
     if _is_served(input, linear_weight, linear_bias, target):
         transforms = () if torch.compiler.is_compiling() else _transforms()
         if not transforms:
-            operands = (input, linear_weight, linear_bias, target)
+            operands: _Operands | None = (input, linear_weight, linear_bias, target)
             if _is_autocast(linear_weight):
-                operands = _autocast.operands(*operands)
+                operands = _autocast.operands(input, linear_weight, linear_bias, target)
             if operands is not None:
-                return _OP(*operands, reduction)
+                served: Tensor = _OP(*operands, reduction)
+                return served
         elif all(kind == TransformType.Grad for kind in transforms) and _is_wide(linear_weight):
             nested = len(transforms) > 1
             return _by_function(input, linear_weight, linear_bias, target, reduction, nested)
@@ -134,7 +136,10 @@ def _by_function(
     # Of nested transforms only the innermost shows in requires_grad.
     needs = [t is not None and (nested or t.requires_grad) for t in (input, weight, bias, target)]
     needs[3] |= reduction == "none" and any(needs)
-    return LinearMSEFunction.apply(input, weight, bias, target, reduction, *needs)[0]
+    loss: Tensor = LinearMSEFunction.apply(  # type: ignore[no-untyped-call]  # no annotations
+        input, weight, bias, target, reduction, *needs
+    )[0]
+    return loss
 
 
 def _autocasts(device_type: str) -> bool:

@@ -88,7 +88,8 @@ class LinearMSELoss(nn.Module):
 
     def predict(self, input: Tensor) -> Tensor:
         """[..., O] the layer's output for `input` [..., I]."""
-        return self.linear(input)
+        output: Tensor = self.linear(input)
+        return output
 
     def extra_repr(self) -> str:
         return f"reduction={self.reduction!r}"
@@ -113,7 +114,7 @@ def _is_called_as_it_is(linear: nn.Module) -> bool:
             or linear._forward_pre_hooks
             or linear._backward_hooks
             or linear._backward_pre_hooks
-            or _has_any_global_hook()
+            or _has_any_global_hook()  # type: ignore[no-untyped-call]  # without annotations
         )
     )
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch.optim.optimizer import (
     Optimizer,
     ParamsT,
@@ -300,11 +301,11 @@ class SGD(torch.optim.SGD):
             buf = entry.get("momentum_buffer") if isinstance(entry, dict) else None
             if isinstance(buf, _Uncast):
                 entry["momentum_buffer"] = buf.tensor.to(device=param.device, dtype=torch.float32)
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]  # without annotations
         for group in self.param_groups:
             group.setdefault("momentum_dtype", None)
 
-    @torch._disable_dynamo
+    @_disable_dynamo
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a state of this class or of torch.optim.SGD.
 
@@ -369,7 +370,7 @@ def _step_without_hooks(self: SGD, closure: Callable[[], Any] | None = None) -> 
 _step_with_hooks = Optimizer.profile_hook_step(_step_without_hooks)
 
 
-@torch._disable_dynamo
+@_disable_dynamo
 def _uncompiled_step_with_hooks(self: SGD, closure: Callable[[], Any] | None) -> Any:
     return _step_with_hooks(self) if closure is None else _step_with_hooks(self, closure)
 

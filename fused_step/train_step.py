@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -136,14 +137,16 @@ class TrainStep:
 
     def _plain_step(self, input: Tensor, target: Tensor) -> Tensor:
         self._loop_plan = self._plan_of_loop()
+        loss: Tensor
         if self._loss_function is None:
             loss = self._model(input, target)
         else:
             output = self._model(input)
             loss = self._loss_function(output, target)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]  # without annotations
         if self._loop_plan == "optimizer":
-            self._optimizer.step(zero_grad=True)
+            # The plan says that it is a fused_step.SGD.
+            self._optimizer.step(zero_grad=True)  # type: ignore[call-overload]
         else:
             self._optimizer.step()
             self._optimizer.zero_grad()
@@ -210,7 +213,7 @@ class TrainStep:
 
         bar = _progress_bar(epochs * math.ceil(n / batch_size)) if progress else None
         try:
-            losses = self._fused.run(
+            fused = self._fused.run(
                 inputs,
                 targets,
                 epochs,
@@ -219,8 +222,8 @@ class TrainStep:
                 generator,
                 None if bar is None else lambda done: bar.update(done - bar.n),
             )
-            if losses is not None:
-                return losses
+            if fused is not None:
+                return fused
             losses = []
             for input, target in _batches(inputs, targets, epochs, batch_size, shuffle, generator):
                 losses.append(self(input, target))
@@ -259,7 +262,7 @@ def _batches(
             yield inputs[rows], targets[rows]
 
 
-def _progress_bar(steps: int):
+def _progress_bar(steps: int) -> Any:
     """A tqdm bar over `steps` steps."""
     try:
         from tqdm.auto import tqdm

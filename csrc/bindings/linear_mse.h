@@ -31,6 +31,10 @@ using LinearMseSignature = LinearMseResult(const at::Tensor& input, const at::Te
                                            bool need_dinput, bool need_dweight, bool need_dbias,
                                            bool need_residual);
 
+// Each engine's.
+LinearMseSignature linear_mse_cpu;
+LinearMseSignature linear_mse_cuda;  // builds with CUDA only
+
 // The loss with its derivative: fused_step::linear_mse_loss where something may require grad.
 at::Tensor linear_mse_loss_autograd(const at::Tensor& input, const at::Tensor& weight,
                                     const std::optional<at::Tensor>& bias, const at::Tensor& target,

@@ -6,7 +6,6 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/mm.h>
 #include <ATen/ops/square.h>
-#include <torch/library.h>
 
 #include <vector>
 
@@ -137,6 +136,8 @@ void compute(Batch& b) {
   }
 }
 
+}  // namespace
+
 LinearMseResult linear_mse_cpu(const at::Tensor& input, const at::Tensor& weight,
                                const std::optional<at::Tensor>& bias, const at::Tensor& target,
                                std::string_view reduction, bool need_dinput, bool need_dweight,
@@ -177,7 +178,4 @@ LinearMseResult linear_mse_cpu(const at::Tensor& input, const at::Tensor& weight
           result(b.dbias, {O}, of_sums), result(b.residual, target.sizes(), of_residual)};
 }
 
-}  // namespace
 }  // namespace fused_step
-
-TORCH_LIBRARY_IMPL(fused_step, CPU, m) { m.impl("linear_mse", &fused_step::linear_mse_cpu); }

@@ -5,7 +5,6 @@
 #include <ATen/ops/mm.h>
 #include <ATen/ops/square.h>
 #include <c10/cuda/CUDAGuard.h>
-#include <torch/library.h>
 
 #include <limits>
 
@@ -115,6 +114,8 @@ void compute(Batch& b, c10::cuda::CUDAStream stream) {
   by_gemm ? gemm(b, scratch, stream) : one_pass(b, scratch, stream);
 }
 
+}  // namespace
+
 LinearMseResult linear_mse_cuda(const at::Tensor& input, const at::Tensor& weight,
                                 const std::optional<at::Tensor>& bias, const at::Tensor& target,
                                 std::string_view reduction, bool need_dinput, bool need_dweight,
@@ -158,7 +159,4 @@ LinearMseResult linear_mse_cuda(const at::Tensor& input, const at::Tensor& weigh
           result(b.dbias, {O}, of_sums), result(b.residual, target.sizes(), of_residual)};
 }
 
-}  // namespace
 }  // namespace fused_step
-
-TORCH_LIBRARY_IMPL(fused_step, CUDA, m) { m.impl("linear_mse", &fused_step::linear_mse_cuda); }

@@ -4,9 +4,8 @@
 #include <ATen/PythonTorchFunctionTLS.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
-#include <torch/csrc/Exceptions.h>
-#include <torch/csrc/autograd/functions/utils.h>
-#include <torch/csrc/autograd/python_variable.h>
+#include <pybind11/cast.h>
+#include <pybind11/gil_simple.h>
 
 #include <optional>
 #include <string_view>
@@ -14,6 +13,7 @@
 #include "bindings/engines.h"
 #include "bindings/linear_mse.h"
 #include "bindings/linear_mse_eager.h"
+#include "bindings/python_bridge.h"
 #include "bindings/python_objects.h"
 
 namespace fused_step {
@@ -25,16 +25,16 @@ namespace {
 // Keys of a strided tensor on the CPU or a GPU that is served, whether or not it is a view of
 // another or requires grad.
 bool is_ordinary(PyObject* object) {
-  if (!THPVariable_CheckExact(object) && Py_TYPE(object) != python_objects().parameter) {
+  if (!is_exact_tensor(object) && Py_TYPE(object) != python_objects().parameter) {
     return false;
   }
   constexpr c10::DispatchKeySet ordinary{c10::DispatchKey::CPU, c10::DispatchKey::AutogradCPU,
                                          c10::DispatchKey::AutocastCPU,
                                          c10::DispatchKey::ADInplaceOrView};
-  const at::Tensor& t = THPVariable_Unpack(object);
+  const at::Tensor& t = tensor_of(object);
   const bool is_plain =
       t.key_set() == ordinary || (t.is_cuda() && has_plain_keys(t) && is_served(t.device()));
-  return is_plain && !torch::autograd::isFwGradDefined(t);
+  return is_plain && !t._fw_grad(0).defined();
 }
 
 // Autocast, functorch, tracing, inference mode and modes in Python all show here.
@@ -47,15 +47,14 @@ bool is_ordinary_world() {
 }
 
 PyObject* call_linear_mse_loss(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  HANDLE_TH_ERRORS
   TORCH_CHECK_TYPE(count == 5, kLinearMse, ": expected 5 arguments, got ", count);
   PyObject *const input = args[0], *const weight = args[1], *const bias = args[2],
                   *const target = args[3], *const reduction = args[4];
   if (!is_ordinary_world() || !is_ordinary(input) || !is_ordinary(weight) || !is_ordinary(target) ||
       (bias != Py_None && !is_ordinary(bias)) || !PyUnicode_CheckExact(reduction) ||
-      !is_fused_dtype(THPVariable_Unpack(weight).scalar_type()) ||
+      !is_fused_dtype(tensor_of(weight).scalar_type()) ||
       // Of two dtypes only under autocast.
-      THPVariable_Unpack(input).scalar_type() != THPVariable_Unpack(weight).scalar_type()) {
+      tensor_of(input).scalar_type() != tensor_of(weight).scalar_type()) {
     Py_RETURN_NONE;
   }
   Py_ssize_t length = 0;
@@ -63,21 +62,17 @@ PyObject* call_linear_mse_loss(PyObject*, PyObject* const* args, Py_ssize_t coun
   if (name == nullptr) return nullptr;
   at::Tensor loss;
   {
-    const py::gil_scoped_release no_gil;
-    loss = linear_mse_loss_autograd(
-        THPVariable_Unpack(input), THPVariable_Unpack(weight),
-        bias == Py_None ? std::nullopt : std::optional(THPVariable_Unpack(bias)),
-        THPVariable_Unpack(target), {name, static_cast<size_t>(length)});
+    const py::gil_scoped_release_simple no_gil;
+    loss = linear_mse_loss_autograd(tensor_of(input), tensor_of(weight),
+                                    bias == Py_None ? std::nullopt : std::optional(tensor_of(bias)),
+                                    tensor_of(target), {name, static_cast<size_t>(length)});
   }
-  return THPVariable_Wrap(std::move(loss));
-  END_HANDLE_TH_ERRORS
+  return to_python(std::move(loss));
 }
 
-PyMethodDef method = {
+PyMethodDef method = fast_method<call_linear_mse_loss>(
     "linear_mse_loss",
-    reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(call_linear_mse_loss)),
-    METH_FASTCALL,
-    "linear_mse_loss(input, linear_weight, linear_bias, target, reduction) -> Tensor | None"};
+    "linear_mse_loss(input, linear_weight, linear_bias, target, reduction) -> Tensor | None");
 
 }  // namespace
 

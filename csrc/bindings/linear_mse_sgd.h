@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
 // The whole step of one linear layer on tensors: allocates, picks the plan, runs it. Arguments are
-// checked by the callers (ops_cpu.cpp, linear_step.cpp).
+// checked by the callers (linear_mse_sgd_op.cpp, linear_step.cpp).
 #pragma once
 
 #include <ATen/core/Generator.h>

@@ -1,13 +1,9 @@
 // SPDX-License-Identifier: MIT
 #include "bindings/linear_step.h"
 
-#include <ATen/autocast_mode.h>
 #include <ATen/core/grad_mode.h>
-#include <ATen/ops/empty.h>
-#include <torch/csrc/Exceptions.h>
-#include <torch/csrc/autograd/function.h>
-#include <torch/csrc/autograd/python_variable.h>
-#include <torch/csrc/autograd/variable.h>
+#include <pybind11/cast.h>
+#include <pybind11/gil_simple.h>
 
 #include <array>
 #include <chrono>
@@ -16,8 +12,14 @@
 #include "bindings/dtypes.h"
 #include "bindings/engines.h"
 #include "bindings/memory.h"
+#include "bindings/python_bridge.h"
 #include "bindings/python_objects.h"
 #include "bindings/world.h"
+
+// Declared here, since its header, ATen/autocast_mode.h, takes 8 s to compile: it has all of ATen.
+namespace at::autocast {
+TORCH_API bool is_autocast_cache_enabled();
+}
 
 namespace fused_step {
 
@@ -60,24 +62,6 @@ bool is_plain(const at::Tensor& t, c10::Device device) {
 }
 constexpr const char* kNotPlain = " is not an ordinary tensor on the weight's device";
 
-// Hooks that would run when the gradient of a parameter is accumulated.
-bool has_grad_hooks(const at::Tensor& t, PyObject* object) {
-  namespace impl = torch::autograd::impl;
-  const auto* python = reinterpret_cast<THPVariable*>(object);
-  const auto* const meta = impl::get_autograd_meta(t);
-  if (meta == nullptr) return false;
-  // After the last handle's remove() the empty dictionary stays.
-  if (!meta->hooks_.empty() &&
-      (meta->cpp_hooks_list_ != nullptr || !is_empty_dict(python->backward_hooks))) {
-    return true;
-  }
-  if (meta->post_acc_grad_hooks_ != nullptr && !is_empty_dict(python->post_accumulate_grad_hooks)) {
-    return true;
-  }
-  const auto accumulator = impl::try_get_grad_accumulator(t);
-  return accumulator && (!accumulator->pre_hooks().empty() || !accumulator->post_hooks().empty());
-}
-
 // What is written: a leaf of the model.
 bool check_param(const char* name, PyObject* object, const at::Tensor& weight, Verdict& v) {
   const at::ScalarType dtype = weight.scalar_type();
@@ -87,7 +71,7 @@ bool check_param(const char* name, PyObject* object, const at::Tensor& weight, V
   if (against(Py_TYPE(object) != python_objects().parameter, " is not an nn.Parameter itself")) {
     return false;
   }
-  const at::Tensor& t = THPVariable_Unpack(object);
+  const at::Tensor& t = tensor_of(object);
   if (against(!is_plain(t, weight.device()), kNotPlain)) return false;
   if (against(t.scalar_type() != dtype || !is_fused_dtype(dtype),
               " is not float32, float64, bfloat16 or float16, or not of the weight's dtype")) {
@@ -97,15 +81,15 @@ bool check_param(const char* name, PyObject* object, const at::Tensor& weight, V
   if (against(!has_its_storage(t), " has lost its storage")) return false;
   if (against(!t.requires_grad() || !t.is_leaf(), " is frozen, or no leaf")) return false;
   if (against(t.grad().defined(), ".grad is not None: gradients accumulate")) return false;
-  return !against(has_grad_hooks(t, object), " has gradient hooks");
+  return !against(has_grad_hooks(object), " has gradient hooks");
 }
 
 // The momentum buffer of a parameter, if it has one yet.
 bool check_buffer(PyObject* object, const at::Tensor& param, Verdict& v, at::Tensor& buf) {
   if (object == nullptr) return true;
-  buf = THPVariable_Unpack(object);
+  buf = tensor_of(object);
   return !v.against(
-      !THPVariable_CheckExact(object) || !is_plain(buf, param.device()) ||
+      !is_exact_tensor(object) || !is_plain(buf, param.device()) ||
           buf.scalar_type() != param.scalar_type() || buf.sizes() != param.sizes() ||
           !buf.is_contiguous() || buf.requires_grad() || !has_its_storage(buf),
       "a momentum_buffer is not like its parameter (device, dtype, shape, contiguous)");
@@ -114,7 +98,7 @@ bool check_buffer(PyObject* object, const at::Tensor& param, Verdict& v, at::Ten
 // A learning rate in a tensor on CUDA, which the kernels read; one on the CPU was read already.
 bool check_lr(PyObject* object, const at::Tensor& weight, Verdict& v, at::Tensor& lr) {
   if (object == nullptr) return true;
-  lr = THPVariable_Unpack(object);
+  lr = tensor_of(object);
   return !v.against(!is_plain(lr, weight.device()) || lr.scalar_type() != at::kFloat ||
                         lr.numel() != 1 || lr.requires_grad() || !has_its_storage(lr),
                     "the learning rate is a CUDA tensor, but not one of float32, one element and "
@@ -236,8 +220,8 @@ bool LinearStep::read_model(Verdict& v, Reading& reading) {
   // An attribute of the same name in __dict__ hides the parameter (pruning, FSDP).
   const bool hidden =
       get_item(dict.ptr(), n.weight) != nullptr || get_item(dict.ptr(), n.bias) != nullptr;
-  if (weight == nullptr || bias == nullptr || hidden || !THPVariable_Check(weight) ||
-      (bias != Py_None && !THPVariable_Check(bias))) {
+  if (weight == nullptr || bias == nullptr || hidden || !is_tensor(weight) ||
+      (bias != Py_None && !is_tensor(bias))) {
     v.against(true, "the layer's weight and bias are not Parameters of its own");
     return false;
   }
@@ -320,7 +304,7 @@ bool LinearStep::read_objects(Verdict& v, Reading& reading) {
 bool LinearStep::check_params(Verdict& v, Call& call) {
   const SgdParam &weight = call.reading.sgd.weight, &bias = call.reading.sgd.bias;
   LinearSgdState& s = call.state;
-  s.weight = THPVariable_Unpack(weight.object);
+  s.weight = tensor_of(weight.object);
   if (v.against(!is_served(s.weight.device()),
                 "weight is on a device that this build has no kernels for")) {
     return false;
@@ -334,7 +318,7 @@ bool LinearStep::check_params(Verdict& v, Call& call) {
   if (!check_buffer(weight.buf, s.weight, v, s.weight_buf)) return false;
   if (!check_lr(weight.lr, s.weight, v, s.weight_lr)) return false;
   if (bias.object == nullptr) return true;
-  s.bias = THPVariable_Unpack(bias.object);
+  s.bias = tensor_of(bias.object);
   if (!check_param("bias", bias.object, s.weight, v)) return false;
   if (s.bias.dim() != 1 || s.bias.size(0) != s.weight.size(0)) {
     return !v.against(true, "bias is not [O]");
@@ -345,12 +329,12 @@ bool LinearStep::check_params(Verdict& v, Call& call) {
 }
 
 bool LinearStep::check_batch(PyObject* input, PyObject* target, Verdict& v, Call& call) {
-  if (!THPVariable_CheckExact(input) || !THPVariable_CheckExact(target)) {
+  if (!is_exact_tensor(input) || !is_exact_tensor(target)) {
     v.against(true, "input or target is not a torch.Tensor itself");
     return false;
   }
-  call.input = THPVariable_Unpack(input);
-  call.target = THPVariable_Unpack(target);
+  call.input = tensor_of(input);
+  call.target = tensor_of(target);
   if (!check_data("input", call.input, call.state.weight, call.autocast, v)) return false;
   if (!check_data("target", call.target, call.state.weight, call.autocast, v)) return false;
   if (!v.applies()) return false;  // what follows looks at memory
@@ -373,9 +357,7 @@ bool LinearStep::resolve(PyObject* input, PyObject* target, Verdict& v, Call& ca
 // The buffers of a first step, which SGD would make from the gradient.
 void LinearStep::make_buffers(Call& call) {
   LinearSgdState& s = call.state;
-  const auto make = [](const at::Tensor& param) {
-    return at::empty(param.sizes(), param.options());
-  };
+  const auto make = [](const at::Tensor& param) { return param.new_empty(param.sizes()); };
   if (s.weight_options.momentum != 0.0 && !s.weight_buf.defined()) s.weight_buf = make(s.weight);
   if (s.bias.defined() && s.bias_options.momentum != 0.0 && !s.bias_buf.defined()) {
     s.bias_buf = make(s.bias);
@@ -401,7 +383,7 @@ py::object LinearStep::step(py::handle input, py::handle target) {
   const int64_t rows = O > 0 ? call.target.numel() / O : 0;
   at::Tensor loss;
   {
-    std::optional<py::gil_scoped_release> no_gil;
+    std::optional<py::gil_scoped_release_simple> no_gil;
     // On CUDA a launch waits where the queue is full, an allocation where it frees memory.
     if (call.state.weight.is_cuda() || call.input.numel() * O > kMinWorkWithoutGil) {
       no_gil.emplace();
@@ -410,7 +392,7 @@ py::object LinearStep::step(py::handle input, py::handle target) {
   }
   leave_optimizer(call);
   plan_ = plan_name(call.state, call.input, rows);
-  return py::reinterpret_steal<py::object>(THPVariable_Wrap(std::move(loss)));
+  return py::reinterpret_steal<py::object>(to_python(std::move(loss)));
 }
 
 py::object LinearStep::run(py::handle inputs, py::handle targets, int64_t epochs,
@@ -434,7 +416,7 @@ py::object LinearStep::run(py::handle inputs, py::handle targets, int64_t epochs
     const auto now = Clock::now();
     if (now - last_signals < std::chrono::milliseconds(50)) return;
     last_signals = now;
-    const py::gil_scoped_acquire gil;
+    const py::gil_scoped_acquire_simple gil;
     if (PyErr_CheckSignals() != 0) throw py::error_already_set();
     if (!progress.is_none() && now - last_progress >= std::chrono::milliseconds(100)) {
       last_progress = now;
@@ -443,7 +425,7 @@ py::object LinearStep::run(py::handle inputs, py::handle targets, int64_t epochs
   };
   at::Tensor losses;
   try {
-    const py::gil_scoped_release no_gil;
+    const py::gil_scoped_release_simple no_gil;
     losses = run_linear_mse_sgd(call.state, call.input, call.target,
                                 {epochs, batch_size, shuffle, std::move(generator)}, memory_, poll);
   } catch (...) {
@@ -455,7 +437,7 @@ py::object LinearStep::run(py::handle inputs, py::handle targets, int64_t epochs
       call.input.numel() / std::max<int64_t>(1, call.input.size(0) * call.input.size(-1));
   plan_ = plan_name(call.state, call.input, std::min(batch_size, call.input.size(0)) * per_sample);
   if (!progress.is_none()) progress(losses.numel());
-  return py::reinterpret_steal<py::object>(THPVariable_Wrap(std::move(losses)));
+  return py::reinterpret_steal<py::object>(to_python(std::move(losses)));
 }
 
 std::pair<std::string, std::vector<std::string>> LinearStep::explain(py::handle input,
@@ -476,24 +458,21 @@ const char* LinearStep::plan() const { return plan_; }
 namespace {
 
 PyObject* call_step(PyObject* capsule, PyObject* const* args, Py_ssize_t count) {
-  HANDLE_TH_ERRORS
   TORCH_CHECK_TYPE(count == 2, "step: expected input and target, got ", count, " arguments");
   auto* const step = static_cast<LinearStep*>(PyCapsule_GetPointer(capsule, nullptr));
   return step->step(args[0], args[1]).release().ptr();
-  END_HANDLE_TH_ERRORS
 }
 
-PyMethodDef step_method = {"step",
-                           reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(call_step)),
-                           METH_FASTCALL, "step(input, target) -> Tensor | None"};
+PyMethodDef step_method = fast_method<call_step>("step", "step(input, target) -> Tensor | None");
 
 }  // namespace
 
-py::object step_function(const py::object& self) {
+py::object step_function(LinearStep& step, const py::object& self) {
   // The capsule, and with it the function, keeps `self` alive.
-  const py::object capsule = py::reinterpret_steal<py::object>(PyCapsule_New(
-      &self.cast<LinearStep&>(), nullptr,
-      [](PyObject* c) { Py_XDECREF(static_cast<PyObject*>(PyCapsule_GetContext(c))); }));
+  const py::object capsule =
+      py::reinterpret_steal<py::object>(PyCapsule_New(&step, nullptr, [](PyObject* c) {
+        Py_XDECREF(static_cast<PyObject*>(PyCapsule_GetContext(c)));
+      }));
   if (!capsule) throw py::error_already_set();
   PyCapsule_SetContext(capsule.ptr(), self.inc_ref().ptr());
   return py::reinterpret_steal<py::object>(PyCFunction_New(&step_method, capsule.ptr()));

@@ -4,7 +4,7 @@
 #pragma once
 
 #include <Python.h>
-#include <pybind11/pybind11.h>
+#include <pybind11/pytypes.h>
 
 #include <optional>
 #include <string>
@@ -75,8 +75,8 @@ class LinearStep {
   const char* plan_ = nullptr;
 };
 
-// `self`.step as a built-in function of two positional arguments: for a small step the dispatch of
-// a pybind11 method is a good part of the time.
-pybind11::object step_function(const pybind11::object& self);
+// `step`.step, kept alive by its Python object `self`, as a built-in function of two positional
+// arguments: for a small step the dispatch of a pybind11 method is a good part of the time.
+pybind11::object step_function(LinearStep& step, const pybind11::object& self);
 
 }  // namespace fused_step

@@ -102,7 +102,10 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
                          "Fused plans of TrainStep for a linear model; see train_step.py.")
       .def(py::init<py::handle, py::handle, py::handle>(), py::arg("model"),
            py::arg("loss_function"), py::arg("optimizer"))
-      .def_property_readonly("step", &fused_step::step_function)
+      .def_property_readonly("step",
+                             [](const py::object& self) {
+                               return fused_step::step_function(self.cast<LinearStep&>(), self);
+                             })
       .def("run", &LinearStep::run, py::arg("inputs"), py::arg("targets"), py::arg("epochs"),
            py::arg("batch_size"), py::arg("shuffle"), py::arg("generator"), py::arg("progress"))
       .def("explain", &LinearStep::explain, py::arg("input"), py::arg("target"))
@@ -111,7 +114,10 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   py::class_<SgdStep>(m, "SgdStep", py::module_local(),
                       "The update of fused_step.SGD; see optim.py.")
       .def(py::init<>())
-      .def_property_readonly("step", &fused_step::sgd_step_function)
+      .def_property_readonly("step",
+                             [](const py::object& self) {
+                               return fused_step::sgd_step_function(self.cast<SgdStep&>(), self);
+                             })
       .def(
           "update",
           [](SgdStep& step, py::handle optimizer, const py::object& update_left) {

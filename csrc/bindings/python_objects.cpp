@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
 #include "bindings/python_objects.h"
 
-#include <pybind11/pybind11.h>
+#include <pybind11/cast.h>
 
 namespace fused_step {
 
@@ -74,12 +74,19 @@ ModuleClass make_module_class(const py::object& type, const Names& names) {
           class_attribute(t, names.call_impl), class_attribute(t, names.wrapped_call_impl)};
 }
 
+// pybind11's own import would take all of pybind11, 5 s of compile time.
+py::object import_module(const char* name) {
+  PyObject* const module = PyImport_ImportModule(name);
+  if (module == nullptr) throw py::error_already_set();
+  return py::reinterpret_steal<py::object>(module);
+}
+
 PythonObjects import_objects() {
-  const py::object nn = py::module_::import("torch.nn");
-  const py::object module = py::module_::import("torch.nn.modules.module");
-  const py::object functional = py::module_::import("torch.nn.functional");
-  const py::object optimizer = py::module_::import("torch.optim.optimizer");
-  const py::object sgd = py::module_::import("torch.optim").attr("SGD");
+  const py::object nn = import_module("torch.nn");
+  const py::object module = import_module("torch.nn.modules.module");
+  const py::object functional = import_module("torch.nn.functional");
+  const py::object optimizer = import_module("torch.optim.optimizer");
+  const py::object sgd = import_module("torch.optim").attr("SGD");
   PythonObjects o{};
   o.names = make_names();
   o.linear = make_module_class(nn.attr("Linear"), o.names);
@@ -87,7 +94,7 @@ PythonObjects import_objects() {
   o.mse_loss = make_module_class(nn.attr("MSELoss"), o.names);
   o.sgd = keep_type(sgd);
   o.parameter = keep_type(nn.attr("Parameter"));
-  o.partial = keep_type(py::module_::import("functools").attr("partial"));
+  o.partial = keep_type(import_module("functools").attr("partial"));
   o.sgd_zero_grad = class_attribute(o.sgd, o.names.zero_grad);
   o.functional = keep(functional.attr("__dict__"));
   o.linear_function = keep(functional.attr("linear"));
@@ -98,7 +105,7 @@ PythonObjects import_objects() {
   o.global_module_hooks[3] = keep(module.attr("_global_backward_pre_hooks"));
   o.global_optimizer_hooks[0] = keep(optimizer.attr("_global_optimizer_pre_hooks"));
   o.global_optimizer_hooks[1] = keep(optimizer.attr("_global_optimizer_post_hooks"));
-  o.is_stock_sgd_step = keep(py::module_::import("fused_step._stock").attr("is_stock_sgd_step"));
+  o.is_stock_sgd_step = keep(import_module("fused_step._stock").attr("is_stock_sgd_step"));
   return o;
 }
 

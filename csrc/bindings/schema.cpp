@@ -1,10 +1,12 @@
 // SPDX-License-Identifier: MIT
-// The ops as the dispatcher knows them: schemas, and what holds on every device.
+// The ops as the dispatcher knows them: schemas, what holds on every device, and the CPU's; those
+// of CUDA are in ops_cuda.cpp, where the build has it.
 #include <ATen/ops/empty.h>
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/library.h>
 
 #include "bindings/linear_mse.h"
+#include "bindings/linear_mse_sgd_op.h"
 #include "bindings/schema.h"
 
 namespace fused_step {
@@ -54,6 +56,11 @@ TORCH_LIBRARY(fused_step, m) {
 TORCH_LIBRARY_IMPL(fused_step, Meta, m) {
   m.impl("linear_mse_sgd_", &fused_step::linear_mse_sgd_meta);
   m.impl("linear_mse", &fused_step::linear_mse_meta);
+}
+
+TORCH_LIBRARY_IMPL(fused_step, CPU, m) {
+  m.impl("linear_mse_sgd_", &fused_step::linear_mse_sgd_op);
+  m.impl("linear_mse", &fused_step::linear_mse_cpu);
 }
 
 // The step has no derivative: a parameter that requires grad is an error outside no_grad, and a

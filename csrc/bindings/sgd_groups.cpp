@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: MIT
 #include "bindings/sgd_groups.h"
 
-#include <pybind11/pybind11.h>
-#include <torch/csrc/autograd/python_variable.h>
+#include <pybind11/cast.h>
 
+#include "bindings/python_bridge.h"
 #include "bindings/python_objects.h"
 
 namespace fused_step {
@@ -34,8 +34,8 @@ bool read_number(PyObject* value, double& number) {
 bool read_lr(PyObject* value, double& lr, PyObject*& device_lr, bool& may_be_kept) {
   if (read_number(value, lr)) return true;
   may_be_kept = false;
-  if (value == nullptr || !THPVariable_CheckExact(value)) return false;
-  const at::Tensor& t = THPVariable_Unpack(value);
+  if (value == nullptr || !is_exact_tensor(value)) return false;
+  const at::Tensor& t = tensor_of(value);
   if (t.is_cuda()) {
     device_lr = value;
     return true;
@@ -65,7 +65,7 @@ bool read_buffer(PyObject* state, PyObject* param, const Names& n, Watch& watch,
   watch.dict(entry);
   PyObject* const object = get_item(entry, n.momentum_buffer);
   if (object == nullptr || object == Py_None) return true;
-  if (!THPVariable_CheckExact(object)) return false;
+  if (!is_exact_tensor(object)) return false;
   buf = object;
   return true;
 }
@@ -214,7 +214,7 @@ void store_momentum_buffer(PyObject* optimizer_dict, PyObject* param, const at::
   // Through the defaultdict, as SGD.step does.
   const py::object state = py::reinterpret_borrow<py::object>(get_item(optimizer_dict, n.state));
   const py::object entry = state[py::handle(param)];
-  entry[py::handle(n.momentum_buffer)] = py::reinterpret_steal<py::object>(THPVariable_Wrap(buf));
+  entry[py::handle(n.momentum_buffer)] = py::reinterpret_steal<py::object>(to_python(buf));
 }
 
 void note_step_called(PyObject* optimizer_dict) {

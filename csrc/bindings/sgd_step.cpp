@@ -3,17 +3,16 @@
 
 #include <ATen/EmptyTensor.h>
 #include <ATen/ops/empty_strided.h>
-#include <ATen/record_function.h>
-#include <torch/csrc/Dtype.h>
-#include <torch/csrc/Exceptions.h>
-#include <torch/csrc/autograd/python_variable.h>
-#include <torch/csrc/autograd/variable.h>
+#include <ATen/ops/scalar_tensor.h>
+#include <pybind11/cast.h>
+#include <pybind11/gil_simple.h>
 
 #include <algorithm>
 #include <cmath>
 
 #include "bindings/dtypes.h"
 #include "bindings/linear_mse_passes.h"
+#include "bindings/python_bridge.h"
 #include "bindings/python_objects.h"
 #include "bindings/sgd_cpu.h"
 #include "bindings/sgd_groups.h"
@@ -40,7 +39,7 @@ bool has_hooks_or_profiler(PyObject* dict) {
     if (!is_empty_dict(hooks)) return true;
   }
   return !is_empty_dict(get_item(dict, o.names.step_pre_hooks)) ||
-         !is_empty_dict(get_item(dict, o.names.step_post_hooks)) || at::hasCallbacks();
+         !is_empty_dict(get_item(dict, o.names.step_post_hooks)) || is_observed();
 }
 
 // The first element of a dense tensor on `device`, whose elements fill a range of memory without
@@ -156,8 +155,8 @@ bool read_scaler_value(PyObject* object, double& value, at::Tensor& on_device) {
     value = PyFloat_AsDouble(object);
     return true;
   }
-  if (!THPVariable_CheckExact(object)) return false;
-  const at::Tensor& t = THPVariable_Unpack(object);
+  if (!is_exact_tensor(object)) return false;
+  const at::Tensor& t = tensor_of(object);
   if (t.is_cuda()) {
     if (!is_device_scalar(t) || t.scalar_type() != at::kFloat) return false;
     on_device = t;
@@ -172,11 +171,6 @@ bool read_scaler_value(PyObject* object, double& value, at::Tensor& on_device) {
     return false;
   }
   return true;
-}
-
-bool is_float32(PyObject* dtype) {
-  return dtype != nullptr && THPDtype_Check(dtype) &&
-         reinterpret_cast<THPDtype*>(dtype)->scalar_type == at::kFloat;
 }
 
 }  // namespace
@@ -305,7 +299,7 @@ bool SgdStep::is_for_cuda(const Slot& slot, c10::Device device, const Scaling& s
   const auto g = static_cast<size_t>(slot.group);
   if (!device.is_cuda() || !is_served(device)) return false;
   if (groups_[g].lr != nullptr) {
-    const at::Tensor& lr = THPVariable_Unpack(groups_[g].lr);
+    const at::Tensor& lr = tensor_of(groups_[g].lr);
     const bool is_read = lr.scalar_type() == at::kFloat || lr.scalar_type() == at::kDouble;
     if (!is_device_scalar(lr) || !is_read || lr.device() != device) return false;
   }
@@ -340,8 +334,8 @@ bool SgdStep::add_work(Slot& slot, const at::Tensor& param, const at::Tensor& gr
   at::ScalarType buf_dtype = is_16_bit && groups_[g].momentum_float ? at::kFloat : dtype;
   const at::Tensor* buf = nullptr;
   if (has_momentum && slot.buf != nullptr) {
-    if (!THPVariable_CheckExact(slot.buf)) return false;
-    buf = &THPVariable_Unpack(slot.buf);
+    if (!is_exact_tensor(slot.buf)) return false;
+    buf = &tensor_of(slot.buf);
     if (!same_order(param, *buf) || buf->requires_grad() ||
         !dense_memory(*buf, device, true, buf_data)) {
       return false;
@@ -392,9 +386,9 @@ bool SgdStep::is_disjoint(bool writes_grads, const Scaling& scaling) {
            (!writes_grads || is_clear_of(grads, extent_of_left(t), grad_place));
   };
   for (const Slot* slot : left_) {
-    const at::Tensor& param = THPVariable_Unpack(slot->param);
-    const bool has_buf = slot->buf != nullptr && THPVariable_CheckExact(slot->buf);
-    const at::Tensor buf = has_buf ? THPVariable_Unpack(slot->buf) : at::Tensor();
+    const at::Tensor& param = tensor_of(slot->param);
+    const bool has_buf = slot->buf != nullptr && is_exact_tensor(slot->buf);
+    const at::Tensor buf = has_buf ? tensor_of(slot->buf) : at::Tensor();
     for (const at::Tensor& t : {param, at::Tensor(param.grad()), buf}) {
       if (!is_clear(t)) return false;
     }
@@ -402,7 +396,7 @@ bool SgdStep::is_disjoint(bool writes_grads, const Scaling& scaling) {
   if (!has_cuda_items_) return true;
   // What the kernels read while they write.
   for (const Group& group : groups_) {
-    if (group.lr != nullptr && !is_clear(THPVariable_Unpack(group.lr))) return false;
+    if (group.lr != nullptr && !is_clear(tensor_of(group.lr))) return false;
   }
   return is_clear(scaling.grad_scale) && is_clear(scaling.found_inf);
 }
@@ -429,12 +423,12 @@ bool SgdStep::gather(PyObject* dict, ZeroGrad zero_grad, Scaling& scaling) {
   }
   const bool writes_grads = zero_grad == ZeroGrad::kToZero || scaling.unscales();
   for (Slot& slot : slots_) {
-    if (!THPVariable_CheckExact(slot.param)) {
-      if (!THPVariable_Check(slot.param)) return false;
+    if (!is_exact_tensor(slot.param)) {
+      if (!is_tensor(slot.param)) return false;
       left_.push_back(&slot);
       continue;
     }
-    const at::Tensor& param = THPVariable_Unpack(slot.param);
+    const at::Tensor& param = tensor_of(slot.param);
     const at::Tensor& grad = grad_of(param);
     if (grad.defined() && !add_work(slot, param, grad, writes_grads, scaling)) {
       left_.push_back(&slot);
@@ -492,7 +486,7 @@ void SgdStep::leave_optimizer(PyObject* dict, const std::vector<at::Tensor>& new
     if (items_[k].slice.first_step) store_momentum_buffer(dict, w.slot->param, new_bufs[k]);
   }
   if (!norm.defined()) return;
-  const py::object wrapped = py::reinterpret_steal<py::object>(THPVariable_Wrap(norm));
+  const py::object wrapped = py::reinterpret_steal<py::object>(to_python(norm));
   if (PyDict_SetItem(dict, python_objects().names.grad_norm, wrapped.ptr()) != 0) {
     throw py::error_already_set();
   }
@@ -521,7 +515,7 @@ std::vector<at::Tensor> SgdStep::device_lrs() const {
   std::vector<at::Tensor> lrs;
   if (!has_cuda_items_) return lrs;
   for (const Group& group : groups_) {
-    lrs.push_back(group.lr != nullptr ? THPVariable_Unpack(group.lr) : at::Tensor());
+    lrs.push_back(group.lr != nullptr ? tensor_of(group.lr) : at::Tensor());
   }
   return lrs;
 }
@@ -558,7 +552,7 @@ void SgdStep::run(PyObject* dict, const Scaling& scaling, ZeroGrad zero_grad) {
   std::vector<Held> held;
   at::Tensor norm;
   {
-    std::optional<py::gil_scoped_release> no_gil;
+    std::optional<py::gil_scoped_release_simple> no_gil;
     // On CUDA a launch waits where the queue is full, and the GPU perhaps for another thread.
     if (has_cuda_items_ || total > kMinElementsWithoutGil) {
       held = hold();
@@ -620,26 +614,23 @@ bool SgdStep::update(PyObject* optimizer, const py::object& update_left) {
 namespace {
 
 PyObject* call_step(PyObject* capsule, PyObject* const* args, Py_ssize_t count) {
-  HANDLE_TH_ERRORS
   TORCH_CHECK_TYPE(count == 2, "step: expected optimizer and zero_grad, got ", count, " arguments");
   auto* const step = static_cast<SgdStep*>(PyCapsule_GetPointer(capsule, nullptr));
   const long zero_grad = PyLong_AsLong(args[1]);
   TORCH_CHECK_VALUE(zero_grad >= 0 && zero_grad <= 2, "step: zero_grad must be 0, 1 or 2");
   return PyBool_FromLong(step->step(args[0], static_cast<ZeroGrad>(zero_grad)));
-  END_HANDLE_TH_ERRORS
 }
 
-PyMethodDef step_method = {"step",
-                           reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(call_step)),
-                           METH_FASTCALL, "step(optimizer, zero_grad) -> bool"};
+PyMethodDef step_method = fast_method<call_step>("step", "step(optimizer, zero_grad) -> bool");
 
 }  // namespace
 
-py::object sgd_step_function(const py::object& self) {
+py::object sgd_step_function(SgdStep& step, const py::object& self) {
   // The capsule, and with it the function, keeps `self` alive.
-  const py::object capsule = py::reinterpret_steal<py::object>(PyCapsule_New(
-      &self.cast<SgdStep&>(), nullptr,
-      [](PyObject* c) { Py_XDECREF(static_cast<PyObject*>(PyCapsule_GetContext(c))); }));
+  const py::object capsule =
+      py::reinterpret_steal<py::object>(PyCapsule_New(&step, nullptr, [](PyObject* c) {
+        Py_XDECREF(static_cast<PyObject*>(PyCapsule_GetContext(c)));
+      }));
   if (!capsule) throw py::error_already_set();
   PyCapsule_SetContext(capsule.ptr(), self.inc_ref().ptr());
   return py::reinterpret_steal<py::object>(PyCFunction_New(&step_method, capsule.ptr()));

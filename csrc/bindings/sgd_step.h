@@ -5,7 +5,7 @@
 
 #include <ATen/core/Tensor.h>
 #include <Python.h>
-#include <pybind11/pybind11.h>
+#include <pybind11/pytypes.h>
 
 #include <cstdint>
 #include <optional>
@@ -125,8 +125,8 @@ class SgdStep {
   };
 };
 
-// `self`.step(optimizer, zero_grad) as a built-in function: for a small step the dispatch of a
-// pybind11 method is a good part of the time.
-pybind11::object sgd_step_function(const pybind11::object& self);
+// `step`.step, kept alive by its Python object `self`, as a built-in function: for a small step the
+// dispatch of a pybind11 method is a good part of the time.
+pybind11::object sgd_step_function(SgdStep& step, const pybind11::object& self);
 
 }  // namespace fused_step

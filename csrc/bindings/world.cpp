@@ -3,7 +3,6 @@
 
 #include <ATen/PythonTorchFunctionTLS.h>
 #include <ATen/SavedTensorHooks.h>
-#include <ATen/autocast_mode.h>
 #include <ATen/core/grad_mode.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
@@ -22,7 +21,7 @@ bool check_world(Verdict& v, bool& autocast) {
   }
   const c10::impl::LocalDispatchKeySet keys = c10::impl::tls_local_dispatch_key_set();
   autocast = !keys.excluded_.has(c10::DispatchKey::AutocastCPU);
-  if (v.against(at::autocast::is_autocast_enabled(at::kCUDA), "autocast is on for CUDA")) {
+  if (v.against(!keys.excluded_.has(c10::DispatchKey::AutocastCUDA), "autocast is on for CUDA")) {
     return false;
   }
   if (v.against(keys.included_ != c10::default_included_set ||

@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: MIT
-// The ops as the dispatcher calls them: checks, then the engine of the weight's device. Registered
-// for the CPU here, for CUDA in ops_cuda.cpp.
-#include <torch/library.h>
+// Checks, then the engine of the weight's device.
+#include "bindings/linear_mse_sgd_op.h"
 
 #include <array>
 #include <string_view>
@@ -11,7 +10,6 @@
 #include "bindings/dtypes.h"
 #include "bindings/engines.h"
 #include "bindings/linear_mse_sgd.h"
-#include "bindings/linear_mse_sgd_op.h"
 #include "bindings/memory.h"
 
 namespace fused_step {
@@ -121,7 +119,3 @@ at::Tensor linear_mse_sgd_op(at::Tensor& weight, std::optional<at::Tensor> bias,
 }
 
 }  // namespace fused_step
-
-TORCH_LIBRARY_IMPL(fused_step, CPU, m) {
-  m.impl("linear_mse_sgd_", &fused_step::linear_mse_sgd_op);
-}

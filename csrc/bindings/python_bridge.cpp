@@ -1,0 +1,54 @@
+// SPDX-License-Identifier: MIT
+#include "bindings/python_bridge.h"
+
+#include <ATen/record_function.h>
+#include <torch/csrc/Dtype.h>
+#include <torch/csrc/Exceptions.h>
+#include <torch/csrc/autograd/function.h>
+#include <torch/csrc/autograd/python_variable.h>
+#include <torch/csrc/autograd/variable.h>
+
+#include "bindings/python_objects.h"
+
+namespace fused_step {
+
+bool is_exact_tensor(PyObject* object) { return THPVariable_CheckExact(object); }
+
+bool is_tensor(PyObject* object) { return THPVariable_Check(object); }
+
+const at::Tensor& tensor_of(PyObject* object) { return THPVariable_Unpack(object); }
+
+PyObject* to_python(at::Tensor tensor) { return THPVariable_Wrap(std::move(tensor)); }
+
+bool has_grad_hooks(PyObject* object) {
+  namespace impl = torch::autograd::impl;
+  const auto* python = reinterpret_cast<THPVariable*>(object);
+  const at::Tensor& t = THPVariable_Unpack(object);
+  const auto* const meta = impl::get_autograd_meta(t);
+  if (meta == nullptr) return false;
+  // After the last handle's remove() the empty dictionary stays.
+  if (!meta->hooks_.empty() &&
+      (meta->cpp_hooks_list_ != nullptr || !is_empty_dict(python->backward_hooks))) {
+    return true;
+  }
+  if (meta->post_acc_grad_hooks_ != nullptr && !is_empty_dict(python->post_accumulate_grad_hooks)) {
+    return true;
+  }
+  const auto accumulator = impl::try_get_grad_accumulator(t);
+  return accumulator && (!accumulator->pre_hooks().empty() || !accumulator->post_hooks().empty());
+}
+
+bool is_float32(PyObject* object) {
+  return object != nullptr && THPDtype_Check(object) &&
+         reinterpret_cast<THPDtype*>(object)->scalar_type == at::kFloat;
+}
+
+bool is_observed() { return at::hasCallbacks(); }
+
+PyObject* call_guarded(FastCall body, PyObject* self, PyObject* const* args, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  return body(self, args, count);
+  END_HANDLE_TH_ERRORS
+}
+
+}  // namespace fused_step
