@@ -31,11 +31,12 @@ CASES = (
             "step >= 5x numpy",
             "step <= 2.5x floor_call",
             "run <= 0.035x floor_call",
+            "run >= 1x jax_scan",
         ),
         note="The size of the tutorial's sample.",
     ),
-    Case(64, 13, 1, ("step >= 80x eager", "run <= 0.5x floor_call")),
-    Case(512, 64, 1, ("step >= 40x eager", "run <= 2.5x floor_call")),
+    Case(64, 13, 1, ("step >= 80x eager", "run <= 0.5x floor_call", "run >= 1x jax_scan")),
+    Case(512, 64, 1, ("step >= 40x eager", "run <= 2.5x floor_call", "run >= 1x jax_scan")),
     Case(4096, 1024, 1, ("step >= 2.8x eager", "step >= 1.6x hand")),
     Case(65536, 1024, 1, ("step >= 1.6x eager", "step <= 1.12x floor_read")),
     Case(8192, 1024, 16, ("step >= 1.6x eager", "step >= 1.3x hand")),
@@ -77,7 +78,7 @@ BENCHMARK = driver.Benchmark(
     subject="step",
     again="step_again",
     judge_memory=memory.judge_step,
-    full=Protocol(case_seconds=24.0, budget_seconds=300.0),
+    full=Protocol(case_seconds=16.0, budget_seconds=330.0),
 )
 
 if __name__ == "__main__":

@@ -64,7 +64,7 @@ BENCHMARK = driver.Benchmark(
     contestants=contestants,
     subject="ours",
     again="ours_again",
-    full=Protocol(case_seconds=16.0, budget_seconds=80.0),
+    full=Protocol(case_seconds=12.0, budget_seconds=80.0),
 )
 
 if __name__ == "__main__":

@@ -5,8 +5,8 @@ Usage: python benchmarks/ratios.py [--fresh DIR] [--committed DIR]
 
 A ratio has lost if it is less than 80 % of the committed one, less the A/A noise of both runs on
 top. Exit status 1 if one has lost, 2 if there was nothing to compare: ratios hold for one machine
-and one number of threads. Without --fresh it measures: a quick run of some contestants, about two
-minutes. Not a part of CI, whose machines are busy.
+and one number of threads. Without --fresh it measures: a quick run of some contestants, two to
+three minutes. Not a part of CI, whose machines are busy.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ def report(committed: Mapping[str, dict], fresh: Mapping[str, dict]) -> int:
 def measure(out: Path) -> None:
     for kind, contestants in CONTESTANTS.items():
         script = str(BENCHMARKS / f"bench_{kind}.py")
-        options = ["--rounds", "12", "--seconds", "40", "--no-memory", "--out", str(out)]
+        options = ["--rounds", "12", "--seconds", "50", "--no-memory", "--out", str(out)]
         command = [sys.executable, script, "--contestants", contestants, *options]
         subprocess.run(command, check=True)
 

@@ -144,7 +144,7 @@ from harness.protocol import Protocol
 if __name__ == "__main__":
     # As in a terminal: a shell's background jobs ignore it.
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    contestants = [SlowInTheSecondCase("ours"), SlowInTheSecondCase("again")]
+    contestants = [SlowInTheSecondCase(key, key) for key in ("ours", "again")]
     full = Protocol(rounds=5, batch_seconds=1e-6)
     benchmark = driver.Benchmark(
         "fake", "Fakes.", (CASE, SECOND_CASE), lambda: contestants, "ours", "again", full=full
