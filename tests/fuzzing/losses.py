@@ -12,7 +12,15 @@ from torch import Tensor, nn
 
 import fused_step
 from fuzzing.cases import Case, Choice, Door, renamed, with_seed
-from fuzzing.memory import DATA, DTYPE, DTYPES, LAYOUT, OTHER_DTYPE, Memory, Plan
+from fuzzing.memory import (
+    DTYPES,
+    LAYOUT,
+    LINEAR,
+    OTHER_DTYPE,
+    Memory,
+    Plan,
+    plan_of_shapes,
+)
 from fuzzing.outcomes import Outcome, assert_like_plain, copied, recorded, roundings
 from fuzzing.training import AROUND, is_parameter, leading_of, reshaped
 
@@ -22,19 +30,12 @@ WANTED = tuple(
 )  # fmt: skip
 
 CHOICES = with_seed(
-    Choice("B", (3, 1, 2, 4, 5, 8, 17, 33), (0, 64, 130, 700, 3000)),
-    Choice("I", (2, 1, 3, 4, 5, 8, 13, 16, 17), (0, 33, 70, 257)),
-    Choice("O", (1, 2, 3, 4, 5, 8, 9), (0, 16, 17, 32, 33, 40, 131)),
-    DTYPE,
-    Choice("bias", (True, False)),
+    *LINEAR,
     Choice("reduction", ("mean", "sum", "none"), ("other", 3, "")),
-    Choice("leading", ("rows",), ("none", "two", "three")),
-    DATA,
     *(renamed(LAYOUT, f"{name}_layout") for name in NAMES),
     *(renamed(OTHER_DTYPE, f"{name}_dtype") for name in ("input", "bias", "target")),
     Choice("shared", (None,), (
         ("target", "input"), ("weight", "input"), ("bias", "weight"), ("weight", "target"))),
-    Choice("shift", (0, 1, 3, 16)),
     Choice("input_is", ("fitting",), ("wider", "scalar", "list", "None", "parameter", "deeper")),
     Choice("target_is", ("fitting",), (
         "one column", "one row", "scalar", "wider", "more rows", "list", "None", "deeper")),
@@ -45,7 +46,6 @@ CHOICES = with_seed(
     Choice("grad_output", ("random", "ones"), ("zeros", "expanded", "nan", "strided")),
     Choice("backward", ("once",), ("none", "twice", "second", "after a write")),
     Choice("around", ("nothing",), tuple(name for name in AROUND if name != "nothing")),
-    Choice("threads", (1,), (2, 3)),
 )  # fmt: skip
 
 
@@ -64,14 +64,7 @@ def plan_of(case: Case) -> Plan:
         "weight": weight,
         "bias": reshaped((O,), case["bias_is"]),
     }
-    plan = Plan(case["seed"], case["data"])
-    guest, host = case["shared"] or (None, None)
-    for name, shape in shapes.items():
-        own = case.get(f"{name}_dtype", "same")
-        dtype = DTYPES[case["dtype"] if own == "same" else own]
-        layout = case[f"{name}_layout"]
-        plan.add(name, shape, dtype, layout, host if name == guest else None, case["shift"])
-    return plan
+    return plan_of_shapes(case, shapes)
 
 
 def operands_of(case: Case, memory: Memory) -> dict[str, Any]:

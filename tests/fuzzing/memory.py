@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from fuzzing.cases import Choice
+from fuzzing.cases import Case, Choice
 
 # Elements before and after a tensor: 64 bytes of float32, so that `contiguous` is aligned, too.
 GUARD = 16
@@ -140,6 +140,31 @@ class Plan:
 
 
 DATA = Choice("data", ("random",), ("zeros", "ones", "nan", "inf", "large"))
+
+# What every case of a linear layer chooses.
+LINEAR = (
+    Choice("B", (3, 1, 2, 4, 5, 8, 17, 33), (0, 64, 130, 700, 3000)),
+    Choice("I", (2, 1, 3, 4, 5, 8, 13, 16, 17), (0, 33, 70, 257)),
+    Choice("O", (1, 2, 3, 4, 5, 8, 9), (0, 16, 17, 32, 33, 40, 131)),
+    DTYPE,
+    Choice("bias", (True, False)),
+    Choice("leading", ("rows",), ("none", "two", "three")),
+    DATA,
+    Choice("shift", (0, 1, 3, 16)),
+    Choice("threads", (1,), (2, 3)),
+)
+
+
+def plan_of_shapes(case: Case, shapes: dict[str, Shape]) -> Plan:
+    """The tensors of those names, each in the layout and dtype that the case has for it."""
+    plan = Plan(case["seed"], case["data"])
+    guest, host = case["shared"] or (None, None)
+    for name, shape in shapes.items():
+        own = case.get(f"{name}_dtype", "same")
+        dtype = DTYPES[case["dtype"] if own == "same" else own]
+        layout = case[f"{name}_layout"]
+        plan.add(name, shape, dtype, layout, host if name == guest else None, case["shift"])
+    return plan
 
 
 class Memory:

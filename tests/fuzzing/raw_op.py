@@ -12,7 +12,15 @@ from torch import Tensor, nn
 
 from fuzzing import training
 from fuzzing.cases import Case, Choice, Door, renamed, with_seed
-from fuzzing.memory import DATA, DTYPE, DTYPES, LAYOUT, OTHER_DTYPE, Memory, Plan
+from fuzzing.memory import (
+    DTYPES,
+    LAYOUT,
+    LINEAR,
+    OTHER_DTYPE,
+    Memory,
+    Plan,
+    plan_of_shapes,
+)
 from fuzzing.outcomes import Outcome, assert_refused, copied, is_same, recorded, roundings
 
 OP = torch.ops.fused_step.linear_mse_sgd_
@@ -20,18 +28,11 @@ WRITTEN = ("weight", "bias", "weight_buffer", "bias_buffer")
 OPTIONS = ("momentum", "dampening", "weight_decay", "nesterov", "maximize")
 
 CHOICES = with_seed(
-    Choice("B", (3, 1, 2, 4, 5, 8, 17, 33), (0, 64, 130, 700, 3000)),
-    Choice("I", (2, 1, 3, 4, 5, 8, 13, 16, 17), (0, 33, 70, 257)),
-    Choice("O", (1, 2, 3, 4, 5, 8, 9), (0, 16, 17, 32, 33, 40, 131)),
-    DTYPE,
-    Choice("bias", (True, False)),
+    *LINEAR,
     Choice("reduction", ("mean", "sum"), ("none", "other", 3)),
-    Choice("leading", ("rows",), ("none", "two", "three")),
-    DATA,
     *(renamed(LAYOUT, f"{name}_layout") for name in ("input", "target", *WRITTEN)),
     *(renamed(OTHER_DTYPE, f"{name}_dtype") for name in ("input", "target", *WRITTEN[1:])),
     Choice("shared", (None,), training.SHARED),
-    Choice("shift", (0, 1, 3, 16)),
     Choice("input_is", ("fitting",), ("wider", "scalar", "list", "None", "deeper")),
     Choice("target_is", ("fitting",), (
         "one column", "one row", "scalar", "wider", "more rows", "list", "None", "deeper")),
@@ -45,7 +46,6 @@ CHOICES = with_seed(
     Choice("nesterov", (False, True)),
     Choice("maximize", (False, True)),
     Choice("first_step", (True, False)),
-    Choice("threads", (1,), (2, 3)),
 )  # fmt: skip
 
 
@@ -61,14 +61,7 @@ def plan_of(case: Case) -> Plan:
         "weight_buffer": (I, O + 1) if wrong else (O, I),
         "bias_buffer": (O,),
     }
-    plan = Plan(case["seed"], case["data"])
-    guest, host = case["shared"] or (None, None)
-    for name, shape in shapes.items():
-        own = case.get(f"{name}_dtype", "same")
-        dtype = DTYPES[case["dtype"] if own == "same" else own]
-        layout = case[f"{name}_layout"]
-        plan.add(name, shape, dtype, layout, host if name == guest else None, case["shift"])
-    return plan
+    return plan_of_shapes(case, shapes)
 
 
 def given(case: Case) -> tuple[str, ...]:

@@ -19,7 +19,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fused_step
 from fuzzing.cases import Case, Choice, Door, renamed, with_seed
-from fuzzing.memory import DATA, DTYPE, DTYPES, LAYOUT, OTHER_DTYPE, Memory, Plan
+from fuzzing.memory import (
+    LAYOUT,
+    LINEAR,
+    OTHER_DTYPE,
+    Memory,
+    Plan,
+    plan_of_shapes,
+)
 from fuzzing.outcomes import Outcome, assert_like_plain, copied, recorded, roundings
 
 FUSED_PLANS = ("one-pass", "gemm")
@@ -34,14 +41,8 @@ HOSTS = {
 SHARED = tuple((name, host) for name, hosts in HOSTS.items() for host in hosts)
 
 CHOICES = with_seed(
-    Choice("B", (3, 1, 2, 4, 5, 8, 17, 33), (0, 64, 130, 700, 3000)),
-    Choice("I", (2, 1, 3, 4, 5, 8, 13, 16, 17), (0, 33, 70, 257)),
-    Choice("O", (1, 2, 3, 4, 5, 8, 9), (0, 16, 17, 32, 33, 40, 131)),
-    DTYPE,
-    Choice("bias", (True, False)),
+    *LINEAR,
     Choice("reduction", ("mean", "sum"), ("none", "other")),
-    Choice("leading", ("rows",), ("none", "two", "three")),
-    DATA,
     *(
         renamed(LAYOUT, f"{name}_layout")
         for name in ("input", "target", "weight", "bias", "weight_buffer", "bias_buffer")
@@ -51,7 +52,6 @@ CHOICES = with_seed(
         for name in ("input", "target", "bias", "weight_buffer")
     ),
     Choice("shared", (None,), SHARED),
-    Choice("shift", (0, 1, 3, 16)),
     Choice("input_is", ("fitting",), ("wider", "scalar", "list", "None", "parameter", "deeper")),
     Choice(
         "target_is",
@@ -77,7 +77,6 @@ CHOICES = with_seed(
     Choice("around", ("nothing",), (
         "no_grad", "inference_mode", "autocast", "autocast without cache", "saved tensors hooks",
         "anomaly", "function mode", "dispatch mode", "global hook", "device")),
-    Choice("threads", (1,), (2, 3)),
 )  # fmt: skip
 
 
@@ -162,7 +161,6 @@ def reshaped(shape: tuple[int, ...], how: str) -> tuple[int, ...]:
 
 def plan_of(case: Case) -> Plan:
     I, O = case["I"], case["O"]
-    dtype = DTYPES[case["dtype"]]
     leading = leading_of(case)
     shapes = {
         "input": reshaped((*leading, I), case["input_is"]),
@@ -172,19 +170,7 @@ def plan_of(case: Case) -> Plan:
         "weight_buffer": (O, I + 1) if case["buffers"] == "wrong shape" else (O, I),
         "bias_buffer": (O,),
     }
-    plan = Plan(case["seed"], case["data"])
-    guest, host = case["shared"] or (None, None)
-    for name, shape in shapes.items():
-        own = case.get(f"{name}_dtype", "same")
-        plan.add(
-            name,
-            shape,
-            dtype if own == "same" else DTYPES[own],
-            case[f"{name}_layout"],
-            host if name == guest else None,
-            case["shift"],
-        )
-    return plan
+    return plan_of_shapes(case, shapes)
 
 
 def is_parameter(t: Tensor) -> bool:
