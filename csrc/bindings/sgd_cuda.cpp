@@ -6,7 +6,7 @@
 
 #include <algorithm>
 #include <cstring>
-#include <list>
+#include <deque>
 
 #include "bindings/cuda_support.h"
 #include "bindings/dtypes.h"
@@ -40,10 +40,10 @@ at::Tensor device_bytes(int64_t bytes, c10::Device device) {
   return at::empty({bytes}, at::TensorOptions().dtype(at::kByte).device(device));
 }
 
-// `count` elements of `from` to `memory`, which is made anew where it is too small. From pinned
-// memory of the host's caching allocator, which keeps it until the copy is done; where a graph is
-// captured, by value: the graph then needs nothing of the host, and every replay writes the memory
-// that it reads, whoever had it in between.
+// Copies `from` to `memory`, which is made anew where it is too small: by way of pinned memory of
+// the host's caching allocator, which keeps it until the copy is done; where a graph is captured,
+// by value: the graph then needs nothing of the host, and every replay writes the memory that it
+// reads, whoever had it in between.
 template <typename T>
 void upload(const std::vector<T>& from, at::Tensor& memory, c10::cuda::CUDAStream stream,
             bool capturing) {
@@ -242,9 +242,7 @@ at::Tensor SgdCuda::step(const SgdCudaStep& step) {
       devices.push_back(item.device);
     }
   }
-  for (const c10::DeviceIndex device : devices)
-    table_of(device);         // from here on they stay in place
-  std::list<Table> captured;  // of this step alone: what a graph reads is nobody else's to write
+  std::deque<Table> captured;  // of this step alone: what a graph reads is nobody else's to write
   std::vector<Ready> ready;
   for (const c10::DeviceIndex device : devices) {
     const c10::cuda::CUDAGuard guard(device);

@@ -7,6 +7,7 @@
 #include <c10/cuda/CUDAStream.h>
 
 #include <cstdint>
+#include <deque>
 #include <vector>
 
 #include "bindings/device_scratch.h"
@@ -65,7 +66,7 @@ class SgdCuda {
   static void launch_norm(const SgdCudaStep& step, const Ready& ready);
   static void launch_updates(const SgdCudaStep& step, const Ready& ready);
 
-  std::vector<Table> tables_;
+  std::deque<Table> tables_;  // they stay where they are
 };
 
 }  // namespace fused_step
