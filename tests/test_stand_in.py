@@ -22,7 +22,7 @@ import fused_step
 PACKAGE = Path(fused_step.__file__).parent
 OPS = ("linear_mse", "linear_mse_loss", "linear_mse_sgd_")
 
-SCRIPT = r'''
+SCRIPT = r"""
 import copy, itertools, json, warnings
 import torch
 import torch.nn.functional as F
@@ -116,7 +116,8 @@ for dtype in DTYPES:  # the whole step as an operator
         for first in (True, False)
     ]
     close(torch.stack(losses), expected.to(dtype))
-    close([p.detach() for p in model.parameters()], [p.detach().to(dtype) for p in wide.parameters()])
+    for p, exact in zip(model.parameters(), wide.parameters(), strict=True):
+        close(p.detach(), exact.detach().to(dtype))
     buf = optimizer.state[wide.weight]["momentum_buffer"].to(dtype)
     close(bufs[0], buf)
 
@@ -133,7 +134,7 @@ for dtype in DTYPES:  # every result of the operator, asked for and not
     assert [m.numel() for m in made] == [0] * 4
 
 print(json.dumps({name: str(getattr(ops, name).default._schema) for name in %r}))
-'''
+"""
 
 
 @pytest.fixture(scope="module")

@@ -91,7 +91,8 @@ def make_extension(csrc: Path) -> FusedStepExtension:
         include_dirs=[str(csrc.resolve())],
         library_dirs=[*cpp_extension.library_paths(), *engine.library_dirs],
         libraries=["c10", "torch", "torch_cpu", "torch_python", *engine.libraries],
-        extra_compile_args={
+        # torch's build takes a list for each compiler, where setuptools has one list for all.
+        extra_compile_args={  # type: ignore[arg-type]
             "cxx": COMPILE_FLAGS + system_includes + engine.cxx,
             "nvcc": engine.nvcc,
         },
