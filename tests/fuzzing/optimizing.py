@@ -75,7 +75,10 @@ def plan_of(case: Case) -> Plan:
         host = {"the parameter": f"param {k}", "the first's": "grad 0"}.get(case[f"grad_{k}"])
         plan.add(f"grad {k}", shape, dtype, case[f"grad_layout_{k}"], host)
         host = {"the parameter": f"param {k}", "the gradient": f"grad {k}"}.get(buffer)
-        plan.add(f"buffer {k}", shape, DTYPES.get(buffer, dtype), case[f"buffer_layout_{k}"], host)
+        layout = case[f"buffer_layout_{k}"]
+        if layout == "sliding" and case["momentum_dtype"] is not None:
+            layout = "contiguous"  # written twice, by another kernel of torch's: in any order
+        plan.add(f"buffer {k}", shape, DTYPES.get(buffer, dtype), layout, host)
         for name in (f"param {k}", f"grad {k}", f"buffer {k}"):
             place = plan.places[name]
             there = plan.places.get(place.host or "")
