@@ -304,9 +304,12 @@ def scales_of(case: Case, plan: Plan) -> dict[str, float]:
     }
     for k in range(case["count"]):
         dtype = DTYPES[case[f"dtype_{k}"]]
-        if case["momentum_dtype"] is not None and dtype in NARROW and f"buffer {k}" in found:
-            # Made of a parameter that is rounded to 16 bit at each step.
-            found[f"buffer {k}"] *= torch.finfo(dtype).eps / torch.finfo(torch.float32).eps
+        if dtype in NARROW and f"buffer {k}" in found:
+            # In another type, too, it is made of what is rounded to 16 bit at each step.
+            finest = torch.finfo(
+                torch.float64 if case[f"buffer_{k}"] == "float64" else torch.float32
+            )
+            found[f"buffer {k}"] *= torch.finfo(dtype).eps / finest.eps
     return found
 
 
