@@ -75,7 +75,10 @@ def plan_of(case: Case) -> Plan:
         host = {"the parameter": f"param {k}", "the first's": "grad 0"}.get(case[f"grad_{k}"])
         plan.add(f"grad {k}", shape, dtype, case[f"grad_layout_{k}"], host)
         host = {"the parameter": f"param {k}", "the gradient": f"grad {k}"}.get(buffer)
-        plan.add(f"buffer {k}", shape, DTYPES.get(buffer, dtype), case[f"buffer_layout_{k}"], host)
+        layout = case[f"buffer_layout_{k}"]
+        if layout == "sliding" and case["momentum_dtype"] is not None:
+            layout = "contiguous"  # written twice, by another kernel of torch's: in any order
+        plan.add(f"buffer {k}", shape, DTYPES.get(buffer, dtype), layout, host)
         for name in (f"param {k}", f"grad {k}", f"buffer {k}"):
             place = plan.places[name]
             there = plan.places.get(place.host or "")
@@ -301,9 +304,12 @@ def scales_of(case: Case, plan: Plan) -> dict[str, float]:
     }
     for k in range(case["count"]):
         dtype = DTYPES[case[f"dtype_{k}"]]
-        if case["momentum_dtype"] is not None and dtype in NARROW and f"buffer {k}" in found:
-            # Made of a parameter that is rounded to 16 bit at each step.
-            found[f"buffer {k}"] *= torch.finfo(dtype).eps / torch.finfo(torch.float32).eps
+        if dtype in NARROW and f"buffer {k}" in found:
+            # In another type, too, it is made of what is rounded to 16 bit at each step.
+            finest = torch.finfo(
+                torch.float64 if case[f"buffer_{k}"] == "float64" else torch.float32
+            )
+            found[f"buffer {k}"] *= torch.finfo(dtype).eps / finest.eps
     return found
 
 

@@ -208,8 +208,8 @@ def scales_of(case: Case, plan: Plan) -> dict[str, float]:
         reduction=case["reduction"],
         options={"lr": abs(lr) if lr == lr else 0.0},
         edits={name: case[name] for name in OPTIONS},
-        weight_buffer=None if case["first_step"] else tensors["weight_buffer"],
-        bias_buffer=None if case["first_step"] else tensors["bias_buffer"],
+        weight_buffer=None if case["first_step"] else tensors["weight_buffer"].real,
+        bias_buffer=None if case["first_step"] else tensors["bias_buffer"].real,
     )
     found = scales(problem, 1)
     found["loss"] = found.pop("loss of step 0")
