@@ -71,13 +71,11 @@ def plan_of(case: Case) -> Plan:
     for k in range(case["count"]):
         shape, dtype = case[f"shape_{k}"], DTYPES[case[f"dtype_{k}"]]
         buffer = case[f"buffer_{k}"]
-        plan.add(f"param {k}", shape, dtype, case[f"layout_{k}"])
+        plan.add(f"param {k}", shape, dtype, _layout(case, f"layout_{k}"))
         host = {"the parameter": f"param {k}", "the first's": "grad 0"}.get(case[f"grad_{k}"])
         plan.add(f"grad {k}", shape, dtype, case[f"grad_layout_{k}"], host)
         host = {"the parameter": f"param {k}", "the gradient": f"grad {k}"}.get(buffer)
-        layout = case[f"buffer_layout_{k}"]
-        if layout == "sliding" and case["momentum_dtype"] is not None:
-            layout = "contiguous"  # written twice, by another kernel of torch's: in any order
+        layout = _layout(case, f"buffer_layout_{k}")
         plan.add(f"buffer {k}", shape, DTYPES.get(buffer, dtype), layout, host)
         for name in (f"param {k}", f"grad {k}", f"buffer {k}"):
             place = plan.places[name]
@@ -85,6 +83,14 @@ def plan_of(case: Case) -> Plan:
             if there is not None and there.shape != shape:
                 place.host = None  # a gradient has the size of its parameter
     return plan
+
+
+def _layout(case: Case, name: str) -> str:
+    """The layout of what is written. Memory that is written twice has no one result where another
+    of torch's kernels does it, as with a buffer of another type."""
+    if case[name] == "sliding" and case["momentum_dtype"] is not None:
+        return "contiguous"
+    return case[name]
 
 
 class World:
