@@ -81,6 +81,7 @@ class Buffer {
       }
     }
     const int64_t total = before_ + n + after_;
+    // NOLINTNEXTLINE(clang-analyzer-optin.portability.UnixAPI): of 0 bytes none may be touched.
     base_ = on_pages() ? map_pages(total * size())
                        : static_cast<T*>(std::malloc(static_cast<size_t>(total * size())));
     const Bits guard = guard_bits();
