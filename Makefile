@@ -22,8 +22,8 @@ BIN := $(VENV)/bin
 CSRC := $(shell find csrc -type f)
 CPP_FORMATTED := $(shell find csrc tests benchmarks -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help demo test lint format sanitize sanitize-full fuzz emulate cuda-kernels package-check \
-	bench bench-quick bench-publish bench-ratios bench-check build cuda-build clean
+.PHONY: help demo test lint format tidy tidy-light sanitize sanitize-full fuzz emulate cuda-kernels \
+	package-check bench bench-quick bench-publish bench-ratios bench-check build cuda-build clean
 .DELETE_ON_ERROR:
 # pip runs one at a time in one environment.
 .NOTPARALLEL:
@@ -47,6 +47,12 @@ format: $(VENV)/.lint  ## bring all sources into that style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CPP_FORMATTED)
+
+tidy: $(VENV)/.lint  ## look for mistakes in the C++ sources: clang-tidy
+	@$(MAKE) --no-print-directory -f scripts/tidy.mk -j$(or $(MAX_JOBS),2) BIN=$(BIN)
+
+tidy-light: $(VENV)/.lint  ## the same without the slow bindings
+	@$(MAKE) --no-print-directory -f scripts/tidy.mk -j$(or $(MAX_JOBS),2) BIN=$(BIN) light
 
 sanitize:  ## run the torch-free C++ tests under ASan and UBSan, those with threads under TSan, too
 	@$(MAKE) --no-print-directory -f tests/cpp/Makefile -j$(or $(MAX_JOBS),2)

@@ -286,7 +286,7 @@ class Runner {
       const int64_t rows = std::min(options_.batch_size, n_) * per_sample_;
       batch = at::detail::empty_cpu({rows, columns}, at::TensorOptions().dtype(from.scalar_type()));
     }
-    const auto bytes = static_cast<int64_t>(from.element_size());
+    const int64_t bytes = from.element_size();
     gather_rows(static_cast<const char*>(from.const_data_ptr()),
                 from.stride(0) * per_sample_ * bytes, index, count, per_sample_ * columns * bytes,
                 static_cast<char*>(batch.mutable_data_ptr()));
@@ -316,8 +316,8 @@ class Runner {
 }  // namespace
 
 Plan plan_for(const LinearSgdState& state, int64_t B) {
-  return cpu::choose_plan({B, state.weight.size(1), state.weight.size(0)},
-                          at::elementSize(accum_dtype(state.weight.scalar_type())));
+  const auto bytes = static_cast<int64_t>(at::elementSize(accum_dtype(state.weight.scalar_type())));
+  return cpu::choose_plan({B, state.weight.size(1), state.weight.size(0)}, bytes);
 }
 
 at::Tensor linear_mse_sgd_cpu(const LinearSgdState& state, const at::Tensor& input,

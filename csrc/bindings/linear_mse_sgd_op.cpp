@@ -78,9 +78,9 @@ void check_disjoint(const LinearSgdState& s, const at::Tensor& input, const at::
 
 }  // namespace
 
-at::Tensor linear_mse_sgd_op(at::Tensor& weight, std::optional<at::Tensor> bias,
-                             std::optional<at::Tensor> weight_momentum_buffer,
-                             std::optional<at::Tensor> bias_momentum_buffer,
+at::Tensor linear_mse_sgd_op(at::Tensor& weight, const std::optional<at::Tensor>& bias,
+                             const std::optional<at::Tensor>& weight_momentum_buffer,
+                             const std::optional<at::Tensor>& bias_momentum_buffer,
                              const at::Tensor& input, const at::Tensor& target, double lr,
                              double momentum, double dampening, double weight_decay, bool nesterov,
                              bool maximize, std::string_view reduction, bool first_step) {
@@ -108,7 +108,7 @@ at::Tensor linear_mse_sgd_op(at::Tensor& weight, std::optional<at::Tensor> bias,
   const LinearSgdState state{
       weight,
       bias.value_or(at::Tensor()),
-      has_momentum ? weight_momentum_buffer.value() : at::Tensor(),
+      has_momentum ? weight_momentum_buffer.value_or(at::Tensor()) : at::Tensor(),
       has_momentum ? bias_momentum_buffer.value_or(at::Tensor()) : at::Tensor(),
       options,
       options,

@@ -9,9 +9,9 @@
 
 namespace fused_step {
 
-at::Tensor linear_mse_sgd_op(at::Tensor& weight, std::optional<at::Tensor> bias,
-                             std::optional<at::Tensor> weight_momentum_buffer,
-                             std::optional<at::Tensor> bias_momentum_buffer,
+at::Tensor linear_mse_sgd_op(at::Tensor& weight, const std::optional<at::Tensor>& bias,
+                             const std::optional<at::Tensor>& weight_momentum_buffer,
+                             const std::optional<at::Tensor>& bias_momentum_buffer,
                              const at::Tensor& input, const at::Tensor& target, double lr,
                              double momentum, double dampening, double weight_decay, bool nesterov,
                              bool maximize, std::string_view reduction, bool first_step);

@@ -91,11 +91,12 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
 
   m.attr("linear_mse_loss") = fused_step::linear_mse_loss_function();
   m.def(
-      "set_linear_mse_loss", [](py::type type) { fused_step::set_linear_mse_loss(type.ptr()); },
-      py::arg("type"), "Makes the class known that LinearStep takes with a loss of None.");
+      "set_linear_mse_loss",
+      [](const py::type& type) { fused_step::set_linear_mse_loss(type.ptr()); }, py::arg("type"),
+      "Makes the class known that LinearStep takes with a loss of None.");
 
   m.def(
-      "set_sgd", [](py::type type) { fused_step::set_sgd(type.ptr()); }, py::arg("type"),
+      "set_sgd", [](const py::type& type) { fused_step::set_sgd(type.ptr()); }, py::arg("type"),
       "Makes fused_step.SGD known to LinearStep.");
 
   py::class_<LinearStep>(m, "LinearStep", py::module_local(),

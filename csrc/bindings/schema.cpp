@@ -13,9 +13,9 @@ namespace fused_step {
 namespace {
 
 // Under fake tensors and on meta: the shape of the result and nothing else.
-at::Tensor linear_mse_sgd_meta(at::Tensor& weight, std::optional<at::Tensor> /*bias*/,
-                               std::optional<at::Tensor> /*weight_momentum_buffer*/,
-                               std::optional<at::Tensor> /*bias_momentum_buffer*/,
+at::Tensor linear_mse_sgd_meta(at::Tensor& weight, const std::optional<at::Tensor>& /*bias*/,
+                               const std::optional<at::Tensor>& /*weight_momentum_buffer*/,
+                               const std::optional<at::Tensor>& /*bias_momentum_buffer*/,
                                const at::Tensor& /*input*/, const at::Tensor& /*target*/,
                                double /*lr*/, double /*momentum*/, double /*dampening*/,
                                double /*weight_decay*/, bool /*nesterov*/, bool /*maximize*/,

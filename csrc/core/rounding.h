@@ -16,6 +16,9 @@ FUSED_STEP_INLINE V product(const V& a, const S& b) {
   } else {
     return __fmul_rn(a, b);
   }
+#elif defined(__clang__)
+#pragma clang fp contract(off)
+  return a * b;
 #else
   V rounded = a * b;
   // The empty instruction stands between the product and what uses it; it costs nothing.

@@ -20,10 +20,12 @@ FUSED_STEP_INLINE void update_bias(const double* dbias,  // [chunks, stride], th
   for (int64_t o = 0; o < params.O; ++o) {
     double grad = 0.0;
     for (int64_t chunk = 0; chunk < chunks; ++chunk) grad += dbias[chunk * stride + o];
+    // NOLINTBEGIN(clang-analyzer-core.*): momentum has its buffer; doubles are not compared.
     A buf = c.has_momentum && !c.first_step ? widen(params.bias_buf[o]) : A(0);
     const A bias = sgd_update(widen(params.bias[o]), static_cast<A>(grad), buf, c);
     params.bias[o] = narrow<T>(bias);
     if (c.has_momentum) params.bias_buf[o] = narrow<T>(buf);
+    // NOLINTEND(clang-analyzer-core.*)
   }
 }
 

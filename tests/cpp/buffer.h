@@ -82,6 +82,7 @@ class Buffer {
     }
     const int64_t total = before_ + n + after_;
     base_ = on_pages() ? map_pages(total * size())
+                       // NOLINTNEXTLINE(clang-analyzer-optin.portability.UnixAPI): 0 bytes, too
                        : static_cast<T*>(std::malloc(static_cast<size_t>(total * size())));
     const Bits guard = guard_bits();
     for (int64_t k = 0; k < total; ++k) std::memcpy(base_ + k, &guard, sizeof(T));

@@ -157,21 +157,22 @@ template <typename T>
 void test_special_values(int64_t rows, int64_t I, int64_t O) {
   const T inf = std::numeric_limits<T>::infinity(), nan = std::numeric_limits<T>::quiet_NaN();
   uint64_t seed = 2000000;
+  const int64_t target = rows * I, weight = target + rows * O, bias = weight + O * I;
   for (const T special : {inf, -inf, nan}) {
-    for (int64_t place = 0; place < rows * I + rows * O + O * I + O; ++place) {
+    for (int64_t place = 0; place < bias + O; ++place) {
       const Sizes s{rows, I, O, ++seed};
       Data<T> data(s);
       Layer<T> layer(s, kNoOptions, kNoOptions);
       layer.has_bias = true;
-      int64_t k = place;
-      if (k < rows * I) {
-        data.x[k / I * data.x_stride + k % I] = special;
-      } else if ((k -= rows * I) < rows * O) {
+      if (place < target) {
+        data.x[place / I * data.x_stride + place % I] = special;
+      } else if (place < weight) {
+        const int64_t k = place - target;
         data.target[k / O * data.target_stride + k % O] = special;
-      } else if ((k -= rows * O) < O * I) {
-        layer.weight[k] = special;
+      } else if (place < bias) {
+        layer.weight[place - weight] = special;
       } else {
-        layer.bias[k - O * I] = special;
+        layer.bias[place - bias] = special;
       }
       data.remember();
       const ReferenceSums<T> want = reference_sums<T>(data.rows(), I, O, exact(layer.weight),

@@ -118,7 +118,7 @@ template <typename T>
 void transpose_sum_gives_lane_k_the_sum_of_vector_k() {
   constexpr int kN = kLanes<T>;
   const auto check_sums = [](const T(&in)[kN][kN], const T(&want)[kN]) {
-    Vec<T> acc[kN];
+    Vec<T> acc[kLanes<T>];
     for (int v = 0; v < kN; ++v) acc[v] = load(in[v]);
     const auto got = lanes_of<T>(transpose_sum<T>(acc));
     for (int v = 0; v < kN; ++v) {

@@ -23,6 +23,7 @@ constexpr SgdOptions kNoOptions = {};
 template <typename S>
 std::vector<float> widened(const S* from, int64_t rows, int64_t columns, int64_t stride) {
   std::vector<float> to;
+  to.reserve(static_cast<size_t>(rows * columns));
   for (int64_t r = 0; r < rows; ++r) {
     for (int64_t k = 0; k < columns; ++k) to.push_back(widen(from[r * stride + k]));
   }
@@ -37,6 +38,7 @@ std::vector<float> widened(const Buffer<S>& from) {
 template <typename S>
 std::vector<S> rounded(const std::vector<float>& from) {
   std::vector<S> to;
+  to.reserve(from.size());
   for (const float value : from) to.push_back(narrow<S>(value));
   return to;
 }
@@ -216,6 +218,7 @@ TEST(updates_of_16_bit_parameters_are_those_of_float_rounded_once) {
         const int64_t stride = s.O * partial_stride(I);
         std::vector<float> grad, partial;
         std::vector<double> dbias;
+        dbias.reserve(static_cast<size_t>(kChunks * s.O));
         for (int64_t k = 0; k < s.O * I; ++k) grad.push_back(random_value<float>(seed, k));
         for (int64_t k = 0; k < kChunks * stride; ++k) {
           partial.push_back(random_value<float>(seed + 1, k));
