@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import site
 import sys
 import sysconfig
@@ -64,12 +63,9 @@ def _missing() -> str | None:
     version = torch.__version__
     if tuple(int(n) for n in re.findall(r"\d+", version)[:2]) < OLDEST_TORCH:
         return f"torch is {version}, older than {'.'.join(map(str, OLDEST_TORCH))}"
-    from _build import recipe
+    from _build import compiler
 
-    compiler = recipe.compiler()[0]
-    if shutil.which(compiler) is None:
-        return f"there is no C++ compiler ({compiler})"
-    return None
+    return compiler.missing()
 
 
 def _site_folders() -> list[str]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fused_step._build import cuda_toolkit, recipe, sources
+from fused_step._build import compiler, cuda_toolkit, recipe, sources
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -222,8 +222,8 @@ def test_kernels_see_no_header_of_torch(nvcc, monkeypatch):
 
 def test_compiler_may_be_a_command_of_several_words(monkeypatch):
     monkeypatch.setenv("CXX", "env c++")
-    assert recipe.compiler() == ["env", "c++"]
-    assert "c++" in recipe.compiler_version()
+    assert compiler.command() == ["env", "c++"]
+    assert "c++" in compiler.version()
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +14,7 @@ from typing import NamedTuple
 
 import torch
 
-from . import build_info, cache, cuda_toolkit
+from . import build_info, cache, compiler, cuda_toolkit
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 _STEP = re.compile(r"\[(\d+)/(\d+)\]")  # ninja's progress
@@ -86,9 +85,8 @@ def compile_now(why: str, *, again: bool = False) -> Library:
             f"compiling failed before: {reason} (all of it in {path}; "
             "`python -m fused_step build` tries again)"
         )
-    compiler = (os.environ.get("CXX") or "c++").split()[0]
-    if shutil.which(compiler) is None:
-        raise BuildError(f"{why}, and there is no C++ compiler ({compiler}) to compile it now")
+    if (missing := compiler.missing()) is not None:
+        raise BuildError(f"{why}, and {missing} to compile it now")
     try:
         root = cache.writable_root()
         with cache.locked(root, name, lambda: _say("another process compiles it; waiting\n")):

@@ -15,8 +15,6 @@ Environment:
 from __future__ import annotations
 
 import os
-import shlex
-import subprocess
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,7 +22,7 @@ import torch
 from setuptools import Extension
 from torch.utils import cpp_extension
 
-from . import build_info, cuda_toolkit, sources
+from . import build_info, compiler, cuda_toolkit, sources
 
 COMPILE_FLAGS = [
     "-O3",
@@ -101,23 +99,12 @@ def make_extension(csrc: Path) -> FusedStepExtension:
     )
     extension.info = build_info.BuildInfo(
         identity=build_info.of_this_process(),
-        compiler=compiler_version(),
+        compiler=compiler.version(),
         flags=COMPILE_FLAGS,
         cuda=engine.cuda,
         cuda_archs=engine.cuda_archs,
     )
     return extension
-
-
-def compiler() -> list[str]:
-    """The command that starts the host compiler, such as ["ccache", "c++"]."""
-    return shlex.split(os.environ.get("CXX") or "c++")
-
-
-def compiler_version() -> str:
-    """The first line of what the host compiler says of itself."""
-    said = subprocess.run([*compiler(), "--version"], capture_output=True, text=True, check=True)
-    return said.stdout.splitlines()[0]
 
 
 def jobs() -> int:
