@@ -75,6 +75,8 @@ def plan_of(case: Case) -> Plan:
         host = {"the parameter": f"param {k}", "the first's": "grad 0"}.get(case[f"grad_{k}"])
         plan.add(f"grad {k}", shape, dtype, case[f"grad_layout_{k}"], host)
         host = {"the parameter": f"param {k}", "the gradient": f"grad {k}"}.get(buffer)
+        if case["momentum_dtype"] is not None:
+            host = None  # torch has no such option, and so no word on what it would overwrite
         layout = _layout(case, f"buffer_layout_{k}")
         plan.add(f"buffer {k}", shape, DTYPES.get(buffer, dtype), layout, host)
         for name in (f"param {k}", f"grad {k}", f"buffer {k}"):
