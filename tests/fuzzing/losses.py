@@ -153,9 +153,11 @@ def differentiate(
         if isinstance(total, Tensor):
             total.backward()
         return
-    if case["backward"] == "after a write" and isinstance(operands["bias"], Tensor):
+    # No derivative has a use for the bias; but the plain loop's may have one for what it lies in.
+    may_write = isinstance(operands["bias"], Tensor) and case["shared"] != ("bias", "weight")
+    if case["backward"] == "after a write" and may_write:
         with torch.no_grad():
-            operands["bias"].add_(1)  # which no derivative here has a use for
+            operands["bias"].add_(1)
     loss.backward(grad_output, retain_graph=case["backward"] == "twice")
     if case["backward"] == "twice":
         loss.backward(grad_output)
@@ -174,7 +176,7 @@ def scales_of(case: Case, plan: Plan) -> dict[str, float]:
         absolute.starts[name] = start.nan_to_num(0.0, 0.0, 0.0), covered
     terms = evaluate(case, absolute, composed, in_float64=True, absolute=True).tensors
     times = {"second": 4}.get(case["backward"], 2)
-    sums = roundings(max(plan.places["target"].numel, case["I"]))
+    sums = roundings(max(plan.places["target"].numel, case["I"]), case)
     return {
         name: (1 if name == "loss" else times) * sums * float(t.abs().max())
         for name, t in terms.items()

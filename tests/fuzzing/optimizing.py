@@ -304,7 +304,7 @@ def scales_of(case: Case, plan: Plan) -> dict[str, float]:
     """The magnitude of what is added up to make each tensor: the training of absolute values."""
     terms = train(case, plan, torch.optim.SGD, in_float64=True, absolute=True).tensors
     has_norm = case["max_grad_norm"] is not None
-    sums = roundings(sum(p.numel for p in plan.places.values()) if has_norm else 1)
+    sums = roundings(sum(p.numel for p in plan.places.values()) if has_norm else 1, case)
     found = {
         name: sums * float(t.abs().nan_to_num(0.0).max())
         for name, t in terms.items()

@@ -213,7 +213,7 @@ def scales_of(case: Case, plan: Plan) -> dict[str, float]:
     )
     found = scales(problem, 1)
     found["loss"] = found.pop("loss of step 0")
-    sums = roundings(max(problem.target.numel(), case["I"]))
+    sums = roundings(max(problem.target.numel(), case["I"]), case)
     return {name: sums * scale for name, scale in found.items()}
 
 

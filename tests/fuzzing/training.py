@@ -412,7 +412,7 @@ def scales_of(case: Case, world: World, steps: int, factor: float) -> dict[str, 
         weight_buffer=buffers[0],
         bias_buffer=buffers[1],
     )
-    factor *= roundings(max(problem.target.numel(), case["I"]))
+    factor *= roundings(max(problem.target.numel(), case["I"]), case)
     return {name: factor * scale for name, scale in scales(problem, steps).items()}
 
 
