@@ -10,6 +10,7 @@
 #   torch      is not instrumented: of what its own kernels do, only the calls of libc are seen
 #   the heap's end of a tensor is seen (torch allocates by posix_memalign); from one row to the next
 #              it is not, but the tests put NaN there
+#   memory     AddressSanitizer keeps what is freed: one test of resident bytes is left out
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 tree=${1:?usage: scripts/sanitize_full.sh TREE [pytest arguments]}
@@ -39,4 +40,4 @@ library = fused_step._extension._C.__file__
 assert b"__asan_report_load" in open(library, "rb").read(), f"{library} is not instrumented"
 print(f"sanitize-full: {library}")
 END
-"$python" -m pytest "$@"
+"$python" -m pytest --deselect tests/test_benchmarks_isolated.py::test_memory_is_what_a_step_takes "$@"

@@ -11,11 +11,13 @@ namespace fused_step {
 
 // Dispatch keys of an ordinary CPU tensor. Inference tensors, subclasses, views with a negative or
 // conjugate bit, sparse, meta, fake and functorch tensors all differ.
-inline bool has_plain_cpu_keys(const at::Tensor& t) {
+inline c10::DispatchKeySet plain_cpu_keys() {
   static const c10::DispatchKeySet keys =
       at::detail::empty_cpu({0}, at::TensorOptions().dtype(at::kFloat)).key_set();
-  return t.key_set() == keys;
+  return keys;
 }
+
+inline bool has_plain_cpu_keys(const at::Tensor& t) { return t.key_set() == plain_cpu_keys(); }
 
 // The half-open range of addresses that holds every element; empty for a tensor without elements.
 struct Extent {

@@ -36,14 +36,13 @@ inline int64_t param_bytes(SgdStorage storage) {
   }
 }
 
+// A momentum buffer in float32 beside a parameter of 16 bit.
+inline bool has_float_buf(SgdStorage storage) {
+  return storage == SgdStorage::kBFloat16FloatBuf || storage == SgdStorage::kFloat16FloatBuf;
+}
+
 inline int64_t buf_bytes(SgdStorage storage) {
-  switch (storage) {
-    case SgdStorage::kBFloat16FloatBuf:
-    case SgdStorage::kFloat16FloatBuf:
-      return 4;
-    default:
-      return param_bytes(storage);
-  }
+  return has_float_buf(storage) ? 4 : param_bytes(storage);
 }
 
 // A step over the items that lie on CUDA. Of the rules the options count, everything else is here.

@@ -57,7 +57,14 @@ class SgdStep {
     Slot* slot;
     const at::Tensor* param;
     const at::Tensor* grad;
-    const at::Tensor* buf;  // null before the first step and without momentum
+    const at::Tensor* buf;   // null before the first step and without momentum
+    caffe2::TypeMeta dtype;  // of the parameter
+    // What the check of the last step has read. Never read through: it may be gone.
+    struct {
+      const c10::TensorImpl *param, *grad;
+      const c10::StorageImpl *param_storage, *grad_storage;
+    } looked_at;
+    const void *pi, *gi, *ps, *gs;
   };
   // The same held, for while the loops run another thread may have the GIL. The objects hold the
   // tensors that Work points to.
@@ -78,14 +85,21 @@ class SgdStep {
     bool unscales() const { return unscale != 1.0 || grad_scale.defined(); }
   };
 
-  bool read(PyObject* dict);
-  bool read_group(PyObject* dict, Group& group, cpu::SgdRule& rule);
+  // `is_repeat` becomes false where anything is other than at the last step that the work, the list
+  // of what to update, depends on: a change of the options' values alone is none.
+  bool read(PyObject* dict, bool& is_repeat);
+  bool read_group(PyObject* dict, Group& group, cpu::SgdRule& rule, bool& is_repeat);
   void read_state(PyObject* state);
   static bool read_scaling(PyObject* dict, Scaling& scaling);
   // False: everything is to be left. What is left by itself is in left_.
   bool gather(PyObject* dict, ZeroGrad zero_grad, Scaling& scaling);
   bool add_work(Slot& slot, const at::Tensor& param, const at::Tensor& grad, bool writes_grads,
                 const Scaling& scaling);
+  bool is_as_before(const Slot& slot, const at::Tensor& param, const at::Tensor& grad,
+                    bool writes_grads, Work& work, SgdItem& item);
+  static void prefetch(const Work& work);
+  void keep_work(size_t count);
+  void survey_items();
   bool is_for_cuda(const Slot& slot, c10::Device device, const Scaling& scaling) const;
   bool is_disjoint(bool writes_grads, const Scaling& scaling);
   bool is_on_one_device() const;
@@ -107,10 +121,16 @@ class SgdStep {
   uint64_t state_version_ = 0;
   std::vector<cpu::SgdRule> rules_;  // by group
 
+  // Of this step, and until the next one: most of it is the same then.
   std::vector<Work> work_;
   std::vector<SgdItem> items_;
+  bool is_repeatable_ = false;  // work_ and items_ are of the optimizer as it was, and disjoint
+  bool wrote_grads_ = false;    // they were made for a step that writes gradients
+  bool grads_moved_ = false;    // some gradient lies elsewhere than at the last step
   bool has_cpu_items_ = false;
   bool has_cuda_items_ = false;
+  bool has_first_steps_ = false;
+  int64_t elements_ = 0;
   std::vector<Slot*> left_;
   std::vector<Extent> written_;  // of this step, in order of the items
   std::vector<Extent> checked_;  // of the last step whose ranges were found disjoint

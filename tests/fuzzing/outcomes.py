@@ -130,7 +130,7 @@ def assert_like_plain(
     scales: Callable[[], dict[str, float]],
     is_fused: bool,
     may_refuse: bool = False,
-    may_stop_short: bool = False,
+    whole_steps: Callable[[], list[Outcome]] = list,
 ) -> str:
     """Holds an outcome to the plain loop's, and says what kind it was.
 
@@ -142,6 +142,8 @@ def assert_like_plain(
         scales: makes the scale of each tensor, see `oracle.scales`.
         is_fused: whether other bits than the plain loop's are allowed, by the rule of tolerance.
         may_refuse: whether the door may raise where the plain loop does not, or otherwise than it.
+        whole_steps: makes what the plain loop leaves after each step, and before the first. Where
+            it raises within a step, the door may have left that step undone.
     """
     if ours.error is not None and not is_same_error(ours.error, plain.error):
         assert may_refuse, f"raised {ours.error!r}, the plain loop {plain.error!r}"
@@ -153,9 +155,10 @@ def assert_like_plain(
     facts = different_facts(ours, plain)
     assert not facts, f"{facts}, plans {ours.plans}"
     different = differences(ours, plain)
-    if plain.error is not None and may_stop_short:
-        before = differences(ours, start())
-        different = [name for name in different if name in before]
+    if plain.error is not None:
+        for before in whole_steps():
+            since = differences(ours, before)
+            different = [name for name in different if name in since]
     if not different:
         return "error of the plain loop" if plain.error is not None else "same bits"
     assert is_fused, f"{different} differ from the plain loop's, plans {ours.plans}"

@@ -1,0 +1,215 @@
+# SPDX-License-Identifier: MIT
+"""What a program may change between two steps of fused_step.SGD, which remembers the last one.
+
+After two steps alike, the third finds one thing changed. It must do what torch.optim.SGD does with
+the same change, bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from sgd_oracle import momentum_of, random_params, same_bits, torch_sgd
+from torch import Tensor
+from torch.nn import Parameter
+from torch.optim import Optimizer
+
+import fused_step
+
+SHAPES = ((4, 6), (4, 6), 33, (3, 1, 2), (4, 6))
+CHANGED = 1  # the index of the parameter that something happens to
+FIRST = 0  # where PyTorch raises; later ones would leave those before them updated
+Change = Callable[[Optimizer, list[Parameter]], None]
+
+
+def grads_like(params: list[Parameter], seed: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(p.shape, generator=generator).to(p.dtype) for p in params]
+
+
+def in_more_memory(t: Tensor) -> Parameter:
+    """A parameter with t's values that begins within its storage."""
+    memory = torch.zeros(t.numel() + 8, dtype=t.dtype)
+    return Parameter(memory[4:-4].view(t.shape).copy_(t.detach()))
+
+
+def data_replaced(optimizer, params):
+    params[CHANGED].data = params[CHANGED].data.clone()
+
+
+def data_strided(optimizer, params):
+    wide = torch.zeros(4, 12, dtype=params[CHANGED].dtype)
+    wide[:, ::2] = params[CHANGED].data
+    params[CHANGED].data = wide[:, ::2]
+
+
+def data_in_another_order(optimizer, params):
+    params[CHANGED].data = params[CHANGED].data.t().contiguous().t()
+
+
+def data_of_another_shape(optimizer, params):
+    p = params[CHANGED]
+    p.data, p.grad = p.data.view(6, 4), p.grad.view(6, 4)
+    buf = momentum_of(optimizer, p)
+    if buf is not None:
+        optimizer.state[p]["momentum_buffer"] = buf.view(6, 4)
+
+
+def data_of_another_shape_than_the_gradient(optimizer, params):
+    """PyTorch raises."""
+    params[FIRST].data = params[FIRST].data.view(6, 4)
+
+
+def data_shared(optimizer, params):
+    params[CHANGED].data = params[2].data[:24].view(4, 6)
+
+
+def grad_gone(optimizer, params):
+    params[CHANGED].grad = None
+
+
+def first_grad_gone(optimizer, params):
+    params[0].grad = None
+
+
+def last_grad_gone(optimizer, params):
+    params[-1].grad = None
+
+
+def grad_in_another_order(optimizer, params):
+    params[CHANGED].grad = params[CHANGED].grad.t().contiguous().t()
+
+
+def grad_strided(optimizer, params):
+    wide = torch.zeros(4, 12, dtype=params[CHANGED].dtype)
+    wide[:, ::2] = params[CHANGED].grad
+    params[CHANGED].grad = wide[:, ::2]
+
+
+def grad_is_another_parameter(optimizer, params):
+    params[CHANGED].grad = params[2].data[:24].view(4, 6)
+
+
+def grad_is_the_parameter(optimizer, params):
+    params[CHANGED].grad = params[CHANGED].data
+
+
+def grad_overlaps_its_parameter(optimizer, params):
+    """PyTorch raises."""
+    p = params[FIRST]
+    p.grad = p.data.as_strided(p.shape, p.stride(), p.storage_offset() - 1)
+
+
+def grad_sparse(optimizer, params):
+    p = params[CHANGED]
+    p.data, p.grad = p.data.clone(), p.grad.to_sparse()
+
+
+def grads_exchanged(optimizer, params):
+    """Two of one shape: each at the other's place."""
+    a, b = params[0], params[4]
+    a.grad, b.grad = b.grad, a.grad
+
+
+def buffer_gone(optimizer, params):
+    optimizer.state.pop(params[CHANGED], None)
+
+
+def buffer_replaced(optimizer, params):
+    p = params[CHANGED]
+    if p in optimizer.state:
+        optimizer.state[p]["momentum_buffer"] = torch.full_like(p.data, 0.5)
+
+
+def buffer_is_the_gradient(optimizer, params):
+    p = params[CHANGED]
+    if p in optimizer.state:
+        optimizer.state[p]["momentum_buffer"] = p.grad
+
+
+def options_changed(optimizer, params):
+    optimizer.param_groups[0].update(lr=0.03, weight_decay=0.2, maximize=True)
+
+
+def momentum_changed(optimizer, params):
+    group = optimizer.param_groups[0]
+    group["momentum"] = 0.0 if group["momentum"] else 0.5
+
+
+def parameter_exchanged(optimizer, params):
+    new = Parameter(torch.full_like(params[CHANGED].data, 2.0))
+    new.grad = params[CHANGED].grad
+    optimizer.param_groups[0]["params"][CHANGED] = params[CHANGED] = new
+
+
+def order_exchanged(optimizer, params):
+    optimizer.param_groups[0]["params"].reverse()
+
+
+def group_added(optimizer, params):
+    new = Parameter(torch.ones(7, dtype=params[0].dtype))
+    new.grad = torch.ones_like(new)
+    params.append(new)
+    optimizer.add_param_group({"params": [new], "lr": 0.5})
+
+
+CHANGES: tuple[Change, ...] = (
+    data_replaced,
+    data_strided,
+    data_in_another_order,
+    data_of_another_shape,
+    data_of_another_shape_than_the_gradient,
+    data_shared,
+    grad_gone,
+    first_grad_gone,
+    last_grad_gone,
+    grad_in_another_order,
+    grad_strided,
+    grad_is_another_parameter,
+    grad_is_the_parameter,
+    grad_overlaps_its_parameter,
+    grad_sparse,
+    grads_exchanged,
+    buffer_gone,
+    buffer_replaced,
+    buffer_is_the_gradient,
+    options_changed,
+    momentum_changed,
+    parameter_exchanged,
+    order_exchanged,
+    group_added,
+)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64), ids=str)
+@pytest.mark.parametrize("momentum", (0.0, 0.9))
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+@pytest.mark.parametrize("new_grads", (False, True), ids=("grads stay", "grads new"))
+def test_what_has_changed_since_the_last_step_is_seen(change, momentum, dtype, new_grads):
+    start = random_params(*SHAPES, dtype=dtype)
+    left = []
+    for kind in (fused_step.SGD, torch_sgd):
+        params = [in_more_memory(p) for p in start]
+        optimizer = kind(params, lr=0.1, momentum=momentum)
+        error = None
+        for number in range(5):
+            if number == 0 or new_grads:
+                for p, g in zip(params, grads_like(params, number), strict=True):
+                    p.grad = g
+            if number == 3:
+                change(optimizer, params)
+            try:
+                optimizer.step()
+            except RuntimeError as e:
+                error = str(e)
+                break
+        left.append((params, [momentum_of(optimizer, p) for p in params], error))
+    (ours, our_bufs, our_error), (theirs, their_bufs, their_error) = left
+    assert our_error == their_error
+    for k, (p, q) in enumerate(zip(ours, theirs, strict=True)):
+        assert same_bits(p.detach(), q.detach()), f"parameter {k}"
+    for k, (a, b) in enumerate(zip(our_bufs, their_bufs, strict=True)):
+        assert (a is None) == (b is None), f"buffer {k}"
+        assert a is None or a.is_sparse or same_bits(a, b), f"buffer {k}"
