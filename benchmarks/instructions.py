@@ -79,6 +79,23 @@ def loss(B: int, I: int, O: int) -> Steps:
     return steps
 
 
+def sgd(count: int, momentum: float) -> Steps:
+    import torch
+
+    import fused_step
+
+    params = [torch.nn.Parameter(torch.randn(64)) for _ in range(count)]
+    for p in params:
+        p.grad = torch.randn(64)
+    optimizer = fused_step.SGD(params, lr=0.01, momentum=momentum)
+
+    def steps(count: int) -> None:
+        for _ in repeat(None, count):
+            optimizer.step()
+
+    return steps
+
+
 # Name, what is counted, how many steps are counted.
 CASES: tuple[tuple[str, Callable[[], Steps], int], ...] = (
     ("step() 3x2x1", lambda: step(3, 2, 1), 200),
@@ -89,6 +106,9 @@ CASES: tuple[tuple[str, Callable[[], Steps], int], ...] = (
     ("run() 64x13x1", lambda: run(64, 13, 1), 500),
     ("run() 512x64x1", lambda: run(512, 64, 1), 100),
     ("linear_mse_loss 64x13x1, forward and backward", lambda: loss(64, 13, 1), 100),
+    ("SGD, 1 tensor of 64", lambda: sgd(1, 0.0), 200),
+    ("SGD, 1000 tensors of 64", lambda: sgd(1000, 0.0), 20),
+    ("SGD, 1000 tensors of 64, momentum", lambda: sgd(1000, 0.9), 20),
 )
 
 
