@@ -366,7 +366,11 @@ def assert_within_rule(
         same_dtype = torch.where(overflown, exact.to(ours.dtype), same_dtype)
     finite = same_dtype.isfinite()
     assert torch.equal(ours.isfinite(), finite), f"{name}: not finite elsewhere than in PyTorch"
-    assert same_bits(ours[~finite], same_dtype[~finite]), f"{name}: another NaN or infinity"
+    held = ~finite
+    if ours.dtype == torch.float16:
+        # Beyond its range: infinity, or NaN where an intermediate result has left it before.
+        held &= exact.isnan() | (exact.abs() <= torch.finfo(ours.dtype).max)
+    assert same_bits(ours[held], same_dtype[held]), f"{name}: another NaN or infinity"
     if not finite.any():
         return
 

@@ -309,6 +309,13 @@ def train(case: Case, plan: Plan, kind: type, **how: bool) -> Outcome:
 
 def scales_of(case: Case, plan: Plan) -> dict[str, float]:
     """The magnitude of what is added up to make each tensor: the training of absolute values."""
+    # PyTorch may refuse a buffer that is the gradient, unless maximize has made another of it.
+    buffers = {
+        f"buffer_{k}": "given" for k in range(COUNT) if case[f"buffer_{k}"] == "the gradient"
+    }
+    if buffers:
+        case = Case({**case, **buffers})
+        plan = plan_of(case)
     terms = train(case, plan, torch.optim.SGD, in_float64=True, absolute=True).tensors
     has_norm = case["max_grad_norm"] is not None
     sums = roundings(sum(p.numel for p in plan.places.values()) if has_norm else 1, case)

@@ -159,7 +159,8 @@ def assert_like_plain(
         for before in whole_steps():
             since = differences(ours, before)
             different = [name for name in different if name in since]
-    if not different:
+    # Of 16-bit values that an earlier step has left, rounded once, no bits tell which step it was.
+    if not different or (plain.error is not None and is_fused):
         return "error of the plain loop" if plain.error is not None else "same bits"
     assert is_fused, f"{different} differ from the plain loop's, plans {ours.plans}"
     gaps = start().gaps()
