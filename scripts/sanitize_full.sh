@@ -40,4 +40,5 @@ library = fused_step._extension._C.__file__
 assert b"__asan_report_load" in open(library, "rb").read(), f"{library} is not instrumented"
 print(f"sanitize-full: {library}")
 END
-"$python" -m pytest --deselect tests/test_benchmarks_isolated.py::test_memory_is_what_a_step_takes "$@"
+"$python" -m pytest \
+    --deselect tests/test_benchmarks_isolated.py::test_memory_is_what_a_step_takes "$@"

@@ -1,24 +1,27 @@
 # SPDX-License-Identifier: MIT
 """What a program may change between two steps of fused_step.SGD, which remembers the last one.
 
-After two steps alike, the third finds one thing changed. It must do what torch.optim.SGD does with
-the same change, bit for bit.
+After three steps alike, the fourth finds one thing changed. It must do what torch.optim.SGD does
+with the same change, bit for bit, and in 16 bit what a fused_step.SGD does that remembers nothing.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import pytest
 import torch
-from sgd_oracle import momentum_of, random_params, same_bits, torch_sgd
+from sgd_oracle import copy_of, momentum_of, random_params, same_bits, torch_sgd
 from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
 import fused_step
+from fused_step._extension import _C
 
-SHAPES = ((4, 6), (4, 6), 33, (3, 1, 2), (4, 6))
+# More than the step looks ahead.
+SHAPES = ((4, 6), (4, 6), 33, (3, 1, 2), (4, 6), *((k,) for k in range(1, 8)))
 CHANGED = 1  # the index of the parameter that something happens to
 FIRST = 0  # where PyTorch raises; later ones would leave those before them updated
 Change = Callable[[Optimizer, list[Parameter]], None]
@@ -129,6 +132,19 @@ def buffer_is_the_gradient(optimizer, params):
         optimizer.state[p]["momentum_buffer"] = p.grad
 
 
+def buffer_of_another_type(optimizer, params):
+    """At the same place. PyTorch raises."""
+    p = params[FIRST]
+    if p in optimizer.state:
+        buf = optimizer.state[p]["momentum_buffer"]
+        types = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+        optimizer.state[p]["momentum_buffer"] = buf.view(types[buf.itemsize])
+
+
+def options_not_fused(optimizer, params):
+    optimizer.param_groups[0]["weight_decay"] = torch.tensor(0.1)
+
+
 def options_changed(optimizer, params):
     optimizer.param_groups[0].update(lr=0.03, weight_decay=0.2, maximize=True)
 
@@ -175,6 +191,8 @@ CHANGES: tuple[Change, ...] = (
     buffer_gone,
     buffer_replaced,
     buffer_is_the_gradient,
+    buffer_of_another_type,
+    options_not_fused,
     options_changed,
     momentum_changed,
     parameter_exchanged,
@@ -183,33 +201,86 @@ CHANGES: tuple[Change, ...] = (
 )
 
 
+@dataclasses.dataclass
+class Left:
+    params: list[Parameter]
+    bufs: list[Tensor | None]
+    error: str | None
+
+
+def train(optimizer: Optimizer, params: list[Parameter], change: Change, new_grads: bool) -> Left:
+    """Five steps with a change before the fourth; an error of PyTorch's ends them."""
+    error = None
+    for number in range(5):
+        if number == 0 or new_grads:
+            for p, g in zip(params, grads_like(params, number), strict=True):
+                p.grad = g
+        if number == 3:
+            change(optimizer, params)
+        try:
+            optimizer.step()
+        except RuntimeError as e:
+            error = str(e)
+            break
+    return Left(params, [momentum_of(optimizer, p) for p in params], error)
+
+
+def assert_same(ours: Left, theirs: Left) -> None:
+    assert ours.error == theirs.error
+    for k, (p, q) in enumerate(zip(ours.params, theirs.params, strict=True)):
+        assert same_bits(p.detach(), q.detach()), f"parameter {k}"
+    for k, (a, b) in enumerate(zip(ours.bufs, theirs.bufs, strict=True)):
+        assert (a is None) == (b is None), f"buffer {k}"
+        if a is not None:
+            assert same_bits(a.to_dense(), b.to_dense()), f"buffer {k}"
+
+
+class Forgetful(fused_step.SGD):
+    """Begins each step anew."""
+
+    def step(self, *args, **kwargs):
+        self._engine = _C.SgdStep()
+        return super().step(*args, **kwargs)
+
+
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float64), ids=str)
 @pytest.mark.parametrize("momentum", (0.0, 0.9))
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
 @pytest.mark.parametrize("new_grads", (False, True), ids=("grads stay", "grads new"))
 def test_what_has_changed_since_the_last_step_is_seen(change, momentum, dtype, new_grads):
     start = random_params(*SHAPES, dtype=dtype)
-    left = []
-    for kind in (fused_step.SGD, torch_sgd):
-        params = [in_more_memory(p) for p in start]
-        optimizer = kind(params, lr=0.1, momentum=momentum)
-        error = None
-        for number in range(5):
-            if number == 0 or new_grads:
-                for p, g in zip(params, grads_like(params, number), strict=True):
-                    p.grad = g
-            if number == 3:
-                change(optimizer, params)
-            try:
-                optimizer.step()
-            except RuntimeError as e:
-                error = str(e)
-                break
-        left.append((params, [momentum_of(optimizer, p) for p in params], error))
-    (ours, our_bufs, our_error), (theirs, their_bufs, their_error) = left
-    assert our_error == their_error
-    for k, (p, q) in enumerate(zip(ours, theirs, strict=True)):
-        assert same_bits(p.detach(), q.detach()), f"parameter {k}"
-    for k, (a, b) in enumerate(zip(our_bufs, their_bufs, strict=True)):
-        assert (a is None) == (b is None), f"buffer {k}"
-        assert a is None or a.is_sparse or same_bits(a, b), f"buffer {k}"
+    ours, theirs = [in_more_memory(p) for p in start], [in_more_memory(p) for p in start]
+    options = {"lr": 0.1, "momentum": momentum}
+    assert_same(
+        train(fused_step.SGD(ours, **options), ours, change, new_grads),
+        train(torch_sgd(theirs, **options), theirs, change, new_grads),
+    )
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
+@pytest.mark.parametrize("momentum_dtype", (None, torch.float32), ids=str)
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+@pytest.mark.parametrize("new_grads", (False, True), ids=("grads stay", "grads new"))
+def test_what_has_changed_is_seen_in_16_bit(change, momentum_dtype, dtype, new_grads):
+    start = random_params(*SHAPES, dtype=dtype)
+    ours, anew = [in_more_memory(p) for p in start], [in_more_memory(p) for p in start]
+    options = {"lr": 0.1, "momentum": 0.9, "momentum_dtype": momentum_dtype}
+    assert_same(
+        train(fused_step.SGD(ours, **options), ours, change, new_grads),
+        train(Forgetful(anew, **options), anew, change, new_grads),
+    )
+
+
+def test_gradient_of_two_parameters_is_zeroed_after_both_have_used_it():
+    ours, theirs = ([copy_of(p) for p in random_params(8, 8)] for _ in range(2))
+    optimizer, reference = fused_step.SGD(ours, lr=0.1), torch_sgd(theirs, lr=0.1)
+    for params in (ours, theirs):
+        params[0].grad = params[1].grad = torch.ones(8)
+    for _ in range(3):
+        optimizer.step()
+        reference.step()
+    optimizer.step(zero_grad=True, set_to_none=False)
+    reference.step()
+    for p, q in zip(ours, theirs, strict=True):
+        assert torch.equal(p, q)
+        assert not p.grad.any()

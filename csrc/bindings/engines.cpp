@@ -3,6 +3,7 @@
 
 #include <c10/core/TensorImpl.h>
 
+#include "bindings/memory.h"
 #include "cpu/policy.h"
 
 #ifdef FUSED_STEP_WITH_CUDA
@@ -17,9 +18,10 @@ namespace fused_step {
 
 namespace {
 
-c10::DispatchKeySet plain_keys(c10::DispatchKey backend, c10::Device device) {
-  return c10::make_intrusive<c10::TensorImpl>(c10::DispatchKeySet(backend),
-                                              c10::scalarTypeToTypeMeta(at::kFloat), device)
+c10::DispatchKeySet plain_cuda_keys() {
+  return c10::make_intrusive<c10::TensorImpl>(c10::DispatchKeySet(c10::DispatchKey::CUDA),
+                                              c10::scalarTypeToTypeMeta(at::kFloat),
+                                              c10::Device(c10::kCUDA, 0))
       ->key_set();
 }
 
@@ -40,11 +42,9 @@ std::string why_no_deeper_on_cpu(cpu::Plan plan, int64_t O) {
 }  // namespace
 
 bool has_plain_keys(const at::Tensor& t) {
-  static const c10::DispatchKeySet cpu = plain_keys(c10::DispatchKey::CPU, c10::kCPU);
-  static const c10::DispatchKeySet cuda =
-      plain_keys(c10::DispatchKey::CUDA, c10::Device(c10::kCUDA, 0));
+  static const c10::DispatchKeySet cuda = plain_cuda_keys();
   const c10::DispatchKeySet keys = t.key_set();
-  return keys == cpu || keys == cuda;
+  return keys == plain_cpu_keys() || keys == cuda;
 }
 
 #ifdef FUSED_STEP_WITH_CUDA

@@ -200,13 +200,34 @@ bool read_scaler_value(PyObject* object, double& value, at::Tensor& on_device) {
 
 }  // namespace
 
+SgdStep::LookedAt::LookedAt(const at::Tensor& param, const at::Tensor& grad)
+    : param(param.unsafeGetTensorImpl()),
+      grad(grad.unsafeGetTensorImpl()),
+      param_storage(this->param->unsafe_storage().unsafeGetStorageImpl()),
+      grad_storage(this->grad->unsafe_storage().unsafeGetStorageImpl()) {}
+
+// One line of each storage, and those of a TensorImpl that hold keys, sizes and type. Asking for
+// all their lines costs what it gains.
+void SgdStep::LookedAt::prefetch() const {
+  const auto line = [](const void* object, int number) {
+    __builtin_prefetch(static_cast<const char*>(object) + 64 * number);
+  };
+  line(param, 1);
+  line(param, 2);
+  line(grad, 0);
+  line(grad, 1);
+  line(grad, 2);
+  line(param_storage, 0);
+  line(grad_storage, 0);
+}
+
 bool SgdStep::read_group(PyObject* dict, Group& group, cpu::SgdRule& rule, bool& is_repeat) {
   const Names& n = python_objects().names;
   if (!PyDict_Check(dict)) return false;
   const uint64_t version = dict_version(dict);
   if (dict == group.dict && version == group.version && version != 0) return true;
   const bool had_momentum = rule.options.momentum != 0.0;
-  const Group before = group;
+  PyObject* const lr_before = group.lr;
   bool may_be_kept = true;
   group.lr = nullptr;
   group.has_options = read_sgd_options(dict, rule.options, group.lr, may_be_kept);
@@ -215,8 +236,7 @@ bool SgdStep::read_group(PyObject* dict, Group& group, cpu::SgdRule& rule, bool&
     state_version_ = 0;
     is_repeat = false;
   }
-  is_repeat = is_repeat && group.has_options == before.has_options && group.lr == before.lr &&
-              group.momentum_float == before.momentum_float;
+  is_repeat = is_repeat && group.has_options && group.lr == lr_before;
   PyObject* const params = get_item(dict, n.params);
   if (params == nullptr || !PyList_CheckExact(params)) return false;
   group.dict = dict;
@@ -383,7 +403,7 @@ bool SgdStep::add_work(Slot& slot, const at::Tensor& param, const at::Tensor& gr
   item.group = slot.group;
   item.slice = {param_data, grad_data, buf_data, param.numel(), has_momentum && buf == nullptr};
   items_.push_back(item);
-  work_.push_back({&slot, &param, &grad, buf, param.dtype(), {}});
+  work_.push_back({&slot, &param, &grad, buf, param.dtype(), LookedAt(param, grad)});
   return true;
 }
 
@@ -418,25 +438,8 @@ bool SgdStep::is_as_before(const Slot& slot, const at::Tensor& param, const at::
   slice.grad = grad_data;
   work.param = &param;
   work.grad = &grad;
-  work.looked_at = {&p, &g, p.unsafe_storage().unsafeGetStorageImpl(),
-                    g.unsafe_storage().unsafeGetStorageImpl()};
+  work.looked_at = LookedAt(param, grad);
   return true;
-}
-
-// Asks for what is_as_before will look at, if it looks where it did at the last step: one line of
-// each storage, and those of a TensorImpl that hold keys, sizes and type. Asking for all their
-// lines costs what it gains.
-void SgdStep::prefetch(const Work& work) {
-  const auto line = [](const void* object, int number) {
-    __builtin_prefetch(static_cast<const char*>(object) + 64 * number);
-  };
-  line(work.looked_at.param, 1);
-  line(work.looked_at.param, 2);
-  line(work.looked_at.grad, 0);
-  line(work.looked_at.grad, 1);
-  line(work.looked_at.grad, 2);
-  line(work.looked_at.param_storage, 0);
-  line(work.looked_at.grad_storage, 0);
 }
 
 // Forgets the work from item `count` on.
@@ -534,7 +537,9 @@ bool SgdStep::gather(PyObject* dict, ZeroGrad zero_grad, Scaling& scaling) {
     const at::Tensor& grad = grad_of(param);
     if (!grad.defined()) continue;
     if (is_repeat) {
-      if (known + kPrefetchDistance < work_.size()) prefetch(work_[known + kPrefetchDistance]);
+      if (known + kPrefetchDistance < work_.size()) {
+        work_[known + kPrefetchDistance].looked_at.prefetch();
+      }
       is_repeat = known < items_.size() &&
                   is_as_before(slot, param, grad, writes_grads, work_[known], items_[known]);
       if (is_repeat) {

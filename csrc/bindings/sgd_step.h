@@ -51,6 +51,17 @@ class SgdStep {
     PyObject* buf = nullptr;  // entry["momentum_buffer"], null if absent or None
     size_t place = 0;         // where its gradient lay among the ranges that are written
   };
+  // What the checks of a parameter and its gradient read, to be prefetched at the next step. Never
+  // read through: by then it may be gone.
+  struct LookedAt {
+    const c10::TensorImpl* param;
+    const c10::TensorImpl* grad;
+    const c10::StorageImpl* param_storage;
+    const c10::StorageImpl* grad_storage;
+
+    LookedAt(const at::Tensor& param, const at::Tensor& grad);
+    void prefetch() const;
+  };
   // A parameter with a gradient that this step updates; its slice is the item of the same index.
   // Not held: a reference more and one less take the GIL, 0.1 us for each tensor.
   struct Work {
@@ -59,12 +70,7 @@ class SgdStep {
     const at::Tensor* grad;
     const at::Tensor* buf;   // null before the first step and without momentum
     caffe2::TypeMeta dtype;  // of the parameter
-    // What the check of the last step has read. Never read through: it may be gone.
-    struct {
-      const c10::TensorImpl *param, *grad;
-      const c10::StorageImpl *param_storage, *grad_storage;
-    } looked_at;
-    const void *pi, *gi, *ps, *gs;
+    LookedAt looked_at;
   };
   // The same held, for while the loops run another thread may have the GIL. The objects hold the
   // tensors that Work points to.
@@ -97,7 +103,6 @@ class SgdStep {
                 const Scaling& scaling);
   bool is_as_before(const Slot& slot, const at::Tensor& param, const at::Tensor& grad,
                     bool writes_grads, Work& work, SgdItem& item);
-  static void prefetch(const Work& work);
   void keep_work(size_t count);
   void survey_items();
   bool is_for_cuda(const Slot& slot, c10::Device device, const Scaling& scaling) const;
