@@ -108,7 +108,7 @@ class Install:
     def run(self, *arguments: str, **environment: str) -> tuple[int, str, str]:
         """Exit status, output and errors of Python with these arguments."""
         process = self.start(*arguments, **environment)
-        output, errors = process.communicate(timeout=120)
+        output, errors = process.communicate(timeout=20)
         return process.returncode, output, errors
 
     def runs_of_the_worker(self) -> int:
@@ -217,11 +217,13 @@ def test_killed_build_does_not_hinder_the_next(install):
 
 def test_interrupt_ends_the_compilers_and_leaves_nothing(install):
     install.worker(hold=install.folder / "hold")
-    process = install.start("-c", STEP)
+    # In the background of a script without job control a process starts with the signal ignored.
+    heeds = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    process = install.start("-c", heeds + STEP)
     install.wait_for_the_worker()
     (worker,) = children(process.pid)
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=120)
+    _, errors = process.communicate(timeout=20)
     assert errors.splitlines()[-1] == "KeyboardInterrupt"
     assert not Path(f"/proc/{worker}").exists()
     assert install.builds() == []
