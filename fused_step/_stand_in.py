@@ -95,6 +95,26 @@ class LinearStep:
         return "plain", [f"there is no compiled module: {REASON}"]
 
 
+class HeadStep:
+    """No head of a model is fused."""
+
+    def __init__(self, model: Any, loss_function: Any, optimizer: Any) -> None:
+        pass
+
+    def modules(self) -> None:
+        """Not fused."""
+
+    def step(self, hidden: Any, target: Tensor) -> None:
+        """Not fused."""
+
+    def loss(self, hidden: Any, target: Tensor) -> None:
+        """Not fused."""
+
+    def explain(self, input: Tensor, target: Tensor) -> tuple[bool, list[str]]:
+        """Not fused, for the reason that LinearStep gives."""
+        return False, []
+
+
 class SgdStep:
     """No step of fused_step.SGD is fused."""
 

@@ -21,7 +21,7 @@ from torch.optim.sgd import sgd
 from fused_step import _stock
 from fused_step._extension import _C
 
-_KEEP_GRAD, _GRAD_TO_NONE, _GRAD_TO_ZERO = range(3)  # ZeroGrad in csrc/bindings/sgd_step.h
+KEEP_GRAD, GRAD_TO_NONE, GRAD_TO_ZERO = range(3)  # ZeroGrad in csrc/bindings/sgd_step.h
 _NARROW_DTYPES = (torch.float16, torch.bfloat16)
 
 
@@ -166,7 +166,7 @@ class SGD(torch.optim.SGD):
             # A subclass may have its own zero_grad or _init_group.
             if closure is None and type(self) is SGD:
                 after = (
-                    _KEEP_GRAD if not zero_grad else _GRAD_TO_NONE if set_to_none else _GRAD_TO_ZERO
+                    KEEP_GRAD if not zero_grad else GRAD_TO_NONE if set_to_none else GRAD_TO_ZERO
                 )
                 if self._engine_step(self, after):
                     return None

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from fused_step._extension import _C
-from fused_step._stock import is_stock_sgd_step
+from fused_step._stock import is_stock_sgd, is_stock_sgd_step
 from fused_step.modules import LinearMSELoss
-from fused_step.optim import SGD
+from fused_step.optim import GRAD_TO_NONE, SGD
 
 LossFunction = Callable[[Tensor, Tensor], Tensor]
 
@@ -69,7 +69,9 @@ class TrainStep:
         self._optimizer = optimizer
         self._fused = _C.LinearStep(model, loss_function, optimizer)
         self._fused_step = self._fused.step
-        self._loop_plan: str | None = None  # of the last call that took no fused plan
+        self._head = _C.HeadStep(model, loss_function, optimizer)
+        self._update = _C.SgdStep().step
+        self._loop_plan: str | None = None  # of the last call that was no one fused step
 
     @property
     def model(self) -> nn.Module:
@@ -90,7 +92,7 @@ class TrainStep:
     def plan(self) -> str | None:
         """The plan of the last call, None before the first.
 
-        "one-pass", "gemm", "optimizer" or "plain".
+        "one-pass", "gemm", "head", "optimizer" or "plain"; on CUDA also "tiny".
         """
         return self._fused.plan or self._loop_plan
 
@@ -105,9 +107,16 @@ class TrainStep:
         """
         plan, reasons = self._fused.explain(input, target)
         if plan == "plain":
-            plan = self._plan_of_loop()
-            if plan == "plain":
-                reasons.append("the optimizer is not fused_step.SGD itself, or has been changed")
+            has_head, reasons_of_head = self._head.explain(input, target)
+            has_update = self._is_ours() or is_stock_sgd(self._optimizer)
+            plan = "head" if has_head else "optimizer" if has_update else "plain"
+            reasons += reasons_of_head
+            if not has_update:
+                reasons.append(
+                    "the last two lines are two: the optimizer is not fused_step.SGD or "
+                    "torch.optim.SGD itself, or has been changed, or has hooks"
+                )
+        reasons = list(dict.fromkeys(reasons))  # some hold for more than one plan
         return "\n".join([f"plan: {plan}", *(f"not deeper: {reason}" for reason in reasons)])
 
     def __call__(self, input: Tensor, target: Tensor) -> Tensor:
@@ -124,33 +133,64 @@ class TrainStep:
             Whatever the five lines raise.
         """
         loss = self._fused_step(input, target)
-        return loss if loss is not None else self._plain_step(input, target)
+        return loss if loss is not None else self._loop_step(input, target)
 
-    def _plan_of_loop(self) -> str:
-        optimizer = self._optimizer
-        is_ours = (
-            type(optimizer) is SGD
-            and is_stock_sgd_step(optimizer.__dict__.get("step", SGD.step))
-            and "zero_grad" not in optimizer.__dict__
-        )
-        return "optimizer" if is_ours else "plain"
-
-    def _plain_step(self, input: Tensor, target: Tensor) -> Tensor:
-        self._loop_plan = self._plan_of_loop()
-        loss: Tensor
-        if self._loss_function is None:
-            loss = self._model(input, target)
-        else:
-            output = self._model(input)
-            loss = self._loss_function(output, target)
-        loss.backward()  # type: ignore[no-untyped-call]  # without annotations
-        if self._loop_plan == "optimizer":
-            # The plan says that it is a fused_step.SGD.
-            self._optimizer.step(zero_grad=True)  # type: ignore[call-overload]
-        else:
-            self._optimizer.step()
-            self._optimizer.zero_grad()
+    def _loop_step(self, input: Tensor, target: Tensor) -> Tensor:
+        """The five lines, with what of them can be fused."""
+        self._loop_plan = "plain"
+        loss, is_done = self._loss(input, target)
+        if not is_done:
+            loss.backward()  # type: ignore[no-untyped-call]  # without annotations
+            is_fused = self._step_and_zero_grad()
+            if is_fused and self._loop_plan == "plain":
+                self._loop_plan = "optimizer"
         return loss.detach()
+
+    def _loss(self, input: Tensor, target: Tensor) -> tuple[Tensor, bool]:
+        """The loss, and whether the rest of the step has been done with it."""
+        if self._loss_function is None:
+            return self._model(input, target), False
+        modules = self._head.modules()
+        if modules is None:
+            output = self._model(input)
+            return self._loss_function(output, target), False
+        # What nn.Sequential does, but for the last layer.
+        *body, linear = modules
+        hidden: Any = input
+        for module in body:
+            hidden = module(hidden)
+        loss = self._head.step(hidden, target)
+        is_done = loss is not None
+        if loss is None:
+            loss = self._head.loss(hidden, target)
+        if loss is None:
+            output = linear(hidden)
+            return self._loss_function(output, target), False
+        self._loop_plan = "head"
+        return loss, is_done
+
+    def _step_and_zero_grad(self) -> bool:
+        """The last two lines; whether they were one."""
+        optimizer = self._optimizer
+        if self._is_ours():
+            optimizer.step(zero_grad=True)  # type: ignore[call-overload]
+            return True
+        if is_stock_sgd(optimizer) and self._update(optimizer, GRAD_TO_NONE):
+            if "step" in optimizer.__dict__:  # a scheduler's: it wants to know of the call
+                optimizer._opt_called = True  # type: ignore[attr-defined]
+            return True
+        optimizer.step()
+        optimizer.zero_grad()
+        return False
+
+    def _is_ours(self) -> bool:
+        """Whether the optimizer is a fused_step.SGD as it was made."""
+        own = self._optimizer.__dict__
+        return (
+            type(self._optimizer) is SGD
+            and is_stock_sgd_step(own.get("step", SGD.step))
+            and "zero_grad" not in own
+        )
 
     def run(
         self,

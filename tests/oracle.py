@@ -27,7 +27,9 @@ import fused_step
 ONE_PASS = ("one-pass",) if DEVICE.type == "cpu" else ("tiny", "one-pass")
 GEMM = ("gemm",)
 FUSED_PLANS = (*ONE_PASS, *GEMM)
-ANY_PLAN = (*FUSED_PLANS, "plain")
+# Those that go through the five lines, with some of them fused or none.
+LOOP_PLANS = ("head", "optimizer", "plain")
+ANY_PLAN = (*FUSED_PLANS, *LOOP_PLANS)
 
 # Every distinct set of SGD's options. Dampening without momentum does nothing and nesterov asks
 # for no dampening: those are left to the tests that edit param_groups.

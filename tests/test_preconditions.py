@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: MIT
-"""What lowers the plan, and that the result is then the plain loop's own.
+"""What lowers the plan, and that the result is then still the plain loop's.
 
 A scenario changes something about a world (a model, loss, optimizer and data) or about the process,
 and undoes it again. For each of them two equal worlds are trained, one by TrainStep and one by the
-five lines, and everything they leave behind is compared bit for bit: losses, parameters, gradients,
-momentum, version counters, warnings, errors, and what hooks and modes saw.
+five lines, and everything they leave behind is compared: losses, parameters, gradients, momentum,
+warnings, errors, and what hooks and modes saw. By the plan `plain` all of it is the same bit for
+bit, and so are the version counters; by `optimizer` all but those, which count the operators of an
+update; by `head` the numbers are close.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ import torch.autograd.forward_ad as forward_ad
 import torch.distributed as dist
 import torch.nn.functional as F
 from device import DEVICE
-from oracle import FUSED_PLANS, ONE_PASS, plain_step
+from oracle import ANY_PLAN, FUSED_PLANS, LOOP_PLANS, ONE_PASS, plain_step
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import init_device_mesh
@@ -40,8 +42,6 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 import fused_step
 
 B, I, O = 40, 5, 3
-PLAIN = ("plain",)
-ANY = ("plain", *FUSED_PLANS)
 
 
 @dataclass
@@ -96,7 +96,7 @@ SCENARIOS: dict[str, Scenario] = {}
 def scenario(
     reason: str = "",
     *,
-    plans: tuple[str, ...] = PLAIN,
+    plans: tuple[str, ...] = LOOP_PLANS,
     comes_back: bool = True,
     replaces: bool = False,
     sequential: bool = False,
@@ -664,7 +664,7 @@ def differentiable_in_the_defaults_only(world):
     yield from differentiable(world, world.optimizer.defaults)
 
 
-@scenario(plans=ANY)
+@scenario(plans=ANY_PLAN)
 def differentiable_in_the_group_only(world):
     yield from differentiable(world, *world.optimizer.param_groups)
 
@@ -684,7 +684,7 @@ def learning_rate_of_two_elements(world):
     world.model.zero_grad()
 
 
-@scenario(plans=ANY)
+@scenario(plans=ANY_PLAN)
 def learning_rate_of_no_elements(world):
     world.optimizer.param_groups[0]["lr"] = torch.tensor([])
     yield
@@ -805,7 +805,7 @@ def adam(world):
     yield
 
 
-@scenario(plans=ANY, replaces=True)
+@scenario(plans=ANY_PLAN, replaces=True)
 def foreach_sgd(world):
     world.optimizer = torch.optim.SGD(world.model.parameters(), lr=0.01, foreach=False)
     yield
@@ -1172,7 +1172,7 @@ for _name in ("input", "target"):
         yield
         world.model.zero_grad()
 
-    @scenario(plans=ANY, name=f"{_name} with a negative bit")
+    @scenario(plans=ANY_PLAN, name=f"{_name} with a negative bit")
     def negative_bit(world, name=_name):
         held = getattr(world, name)
         lazy = torch.complex(torch.zeros_like(held), -held).conj().imag
@@ -1180,7 +1180,7 @@ for _name in ("input", "target"):
         setattr(world, name, lazy)
         yield
 
-    @scenario(plans=ANY, name=f"{_name} a Parameter without gradient")
+    @scenario(plans=ANY_PLAN, name=f"{_name} a Parameter without gradient")
     def parameter(world, name=_name):
         setattr(world, name, nn.Parameter(getattr(world, name), requires_grad=False))
         yield
@@ -1194,7 +1194,7 @@ for _name in ("input", "target"):
         world.model.zero_grad()
 
 
-@scenario("leading dimensions", plans=PLAIN)
+@scenario("leading dimensions")
 def target_that_broadcasts(world):
     world.target = world.target[:, :1]
     yield
@@ -1411,7 +1411,7 @@ def autocast_float16(world):
         yield
 
 
-@scenario(plans=ANY)
+@scenario(plans=ANY_PLAN)
 def autocast_disabled(world):
     with torch.autocast(DEVICE.type, enabled=False):
         yield
@@ -1510,7 +1510,7 @@ def functionalize(world):
     yield lambda step: torch.func.functionalize(lambda unused: step())(torch.zeros(()))
 
 
-@scenario(plans=ANY)
+@scenario(plans=ANY_PLAN)
 def deterministic_algorithms(world):
     torch.use_deterministic_algorithms(True)
     yield
@@ -1596,31 +1596,39 @@ def copied(value: Any) -> Any:
         return value.clone()
 
 
-def equal(a: Any, b: Any) -> bool:
-    """The same value; tensors bit for bit, with NaN equal to NaN."""
+def equal(a: Any, b: Any, is_close: bool = False) -> bool:
+    """The same value, of tensors bit for bit or close; NaN is equal to NaN."""
     if isinstance(a, Tensor) and isinstance(b, Tensor):
         a, b = copied(a), copied(b)
         if not isinstance(a, Tensor) or not isinstance(b, Tensor):
             return a == b
-        return (
-            a.dtype == b.dtype
-            and a.shape == b.shape
-            and bool(((a == b) | ((a != a) & (b != b))).all())
-        )
+        if a.dtype != b.dtype or a.shape != b.shape:
+            return False
+        if is_close:
+            # A float64 buffer holds gradients of float32.
+            eps = max(torch.finfo(a.dtype).eps, torch.finfo(torch.float32).eps)
+            tolerance = 16 * eps
+            return torch.allclose(a, b, rtol=tolerance, atol=tolerance, equal_nan=True)
+        return bool(((a == b) | ((a != a) & (b != b))).all())
     if isinstance(a, dict) and isinstance(b, dict):
-        return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
+        return a.keys() == b.keys() and all(equal(a[k], b[k], is_close) for k in a)
     if isinstance(a, list | tuple) and isinstance(b, list | tuple):
-        return len(a) == len(b) and all(equal(x, y) for x, y in zip(a, b, strict=True))
+        return len(a) == len(b) and all(equal(x, y, is_close) for x, y in zip(a, b, strict=True))
     if isinstance(a, np.ndarray):
         return np.array_equal(a, b)
     return type(a) is type(b) and bool(a == b)
 
 
-def assert_equal(ours: dict[str, Any], twins: dict[str, Any], when: str) -> None:
+def assert_equal(
+    ours: dict[str, Any], twins: dict[str, Any], when: str, plan: str = "plain"
+) -> None:
     assert ours.keys() == twins.keys()
     with torch._C.DisableTorchFunction(), _disable_current_modes():
         for name in ours:
-            assert equal(ours[name], twins[name]), f"{when}: {name}: {ours[name]} != {twins[name]}"
+            if plan == "plain" or not name.endswith("._version"):
+                assert equal(ours[name], twins[name], is_close=plan == "head"), (
+                    f"{when}: {name}: {ours[name]} != {twins[name]}"
+                )
 
 
 def copy_state(source: World, destination: World) -> None:
@@ -1634,10 +1642,13 @@ def copy_state(source: World, destination: World) -> None:
             destination.optimizer.state[other] = copy.deepcopy(source.optimizer.state[ours])
 
 
-def compare_under(scenario: Scenario, ours: World, twin: World, step: Any) -> None:
+def compare_under(
+    scenario: Scenario, ours: World, twin: World, step: Any, plans: tuple[str, ...]
+) -> None:
     """Enters the cause in both worlds in turn, takes two steps in each, and compares.
 
     Args:
+        plans: the plans that those steps may take.
         step: what trains `ours`; None: a TrainStep made once the cause is there.
     """
     inside, after = [], []
@@ -1656,12 +1667,12 @@ def compare_under(scenario: Scenario, ours: World, twin: World, step: Any) -> No
             for _ in range(scenario.steps):
                 found += outcome(world, train, via)
                 if world is ours:
-                    assert step.plan in scenario.plans
+                    assert step.plan in plans
             inside.append({"outcomes": found, **state_of(world)})
         after.append(state_of(world))
-    if step.plan == "plain":
-        assert_equal(inside[0], inside[1], "inside")
-        assert_equal(after[0], after[1], "afterwards")
+    if step.plan in LOOP_PLANS:
+        assert_equal(inside[0], inside[1], "inside", step.plan)
+        assert_equal(after[0], after[1], "afterwards", step.plan)
     else:
         for name in ("weight", "bias"):
             torch.testing.assert_close(inside[0][name], inside[1][name])
@@ -1699,8 +1710,9 @@ def skip_where_it_cannot_be(name: str) -> None:
         pytest.skip("CPU only: a mesh of CPUs")
 
 
+@pytest.mark.parametrize("plans", [ONE_PASS, ("head",)], ids=["one-pass", "head"])
 @pytest.mark.parametrize("name", [k for k, s in SCENARIOS.items() if not s.replaces])
-def test_cause_arising_after_a_fused_step_lowers_the_plan_until_it_is_gone(name):
+def test_cause_arising_after_a_fused_step_lowers_the_plan_until_it_is_gone(name, plans):
     """TrainStep may not rely on what it found at the steps before.
 
     Nothing but those steps comes before: explain() might look at everything anew.
@@ -1708,26 +1720,30 @@ def test_cause_arising_after_a_fused_step_lowers_the_plan_until_it_is_gone(name)
     scenario = SCENARIOS[name]
     skip_where_it_cannot_be(name)
     ours, twin = build(scenario), build(scenario)
+    if plans == ("head",):
+        # No plan of a linear layer: the optimizer has a parameter more. It is no part of a world.
+        for world in (ours, twin):
+            world.optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2))]})
     batch = ours.input.clone(), ours.target.clone()
     step = fused_step.TrainStep(ours.model, ours.loss_function, ours.optimizer)
     for _ in range(3):
         step(*batch)
-        assert step.plan in ONE_PASS
+        assert step.plan in plans
     copy_state(ours, twin)
-    compare_under(scenario, ours, twin, step)
+    compare_under(scenario, ours, twin, step, LOOP_PLANS if plans == ("head",) else scenario.plans)
     if scenario.comes_back:
         copy_state(ours, twin)
         step(*batch)
-        assert step.plan in ONE_PASS
+        assert step.plan in plans
         plain_step(twin.model, twin.loss_function, twin.optimizer, *batch)
         torch.testing.assert_close(ours.linear.weight, twin.linear.weight, equal_nan=True)
 
 
 @pytest.mark.parametrize("name", SCENARIOS)
-def test_step_constructed_under_the_cause_takes_the_plain_loop(name):
+def test_step_constructed_under_the_cause_takes_a_lower_plan(name):
     scenario = SCENARIOS[name]
     skip_where_it_cannot_be(name)
-    compare_under(scenario, build(scenario), build(scenario), None)
+    compare_under(scenario, build(scenario), build(scenario), None, scenario.plans)
 
 
 @pytest.mark.parametrize("name", ["input", "target"])
@@ -1737,7 +1753,7 @@ def test_data_that_have_lost_their_storage_are_not_read(name):
     step = fused_step.TrainStep(world.model, world.loss_function, world.optimizer)
     getattr(world, name).untyped_storage().resize_(0)
     said = step.explain(world.input, world.target)
-    assert "plan: plain" in said
+    assert "plan: optimizer" in said
     assert_says(f"{name} has lost its storage", said)
 
 

@@ -11,6 +11,7 @@
 
 #include "bindings/dtypes.h"
 #include "bindings/engines.h"
+#include "bindings/linear_model.h"
 #include "bindings/memory.h"
 #include "bindings/python_bridge.h"
 #include "bindings/python_objects.h"
@@ -29,32 +30,6 @@ namespace {
 
 // Above this a step gives the GIL away, which costs about 0.1 us.
 constexpr int64_t kMinWorkWithoutGil = 256 * 1024;
-
-py::object dict_of(PyObject* object) {
-  return py::reinterpret_steal<py::object>(PyObject_GenericGetDict(object, nullptr));
-}
-
-// A module whose type was checked: is a call of it nothing but its class' forward?
-bool check_module(PyObject* module, PyObject* dict, const ModuleClass& module_class,
-                  const char* name, Verdict& v, Watch& watch) {
-  const Names& n = python_objects().names;
-  watch.root(module, dict);
-  const auto against = [&](bool holds, const char* what) {
-    return holds && v.against(std::string(name) + what);
-  };
-  if (against(!module_class.is_as_imported(n), ": its class has been changed")) return false;
-  if (against(get_item(dict, n.forward) != nullptr, " has a forward of its own")) return false;
-  PyObject* const compiled = get_item(dict, n.compiled_call_impl);
-  if (against(compiled != nullptr && compiled != Py_None, " is compiled")) return false;
-  bool has_hooks = false;
-  for (PyObject* key :
-       {n.forward_hooks, n.forward_pre_hooks, n.backward_hooks, n.backward_pre_hooks}) {
-    PyObject* const hooks = get_item(dict, key);
-    watch.dict(hooks);
-    has_hooks |= !is_empty_dict(hooks);
-  }
-  return !against(has_hooks, " has hooks");
-}
 
 // A tensor whose memory an engine may use: ordinary, and where the weight is.
 bool is_plain(const at::Tensor& t, c10::Device device) {
@@ -166,116 +141,6 @@ bool has_suffix_shape(const at::Tensor& input, const at::Tensor& target, int64_t
 
 }  // namespace
 
-bool LinearStep::read_model(Verdict& v, Reading& reading) {
-  const PythonObjects& o = python_objects();
-  const Names& n = o.names;
-  watch_.dict(o.functional);
-  if (v.against(get_item(o.functional, n.linear) != o.linear_function ||
-                    get_item(o.functional, n.mse_loss) != o.mse_loss_function,
-                "F.linear or F.mse_loss has been replaced")) {
-    return false;
-  }
-  PyObject* linear = model_.ptr();
-  // With its own loss inside, the model is LinearMSELoss; without, nn.Linear or a Sequential of
-  // one.
-  const ModuleClass& outer = loss_function_.is_none() ? o.linear_mse_loss : o.sequential;
-  if (Py_TYPE(linear) == outer.type) {
-    const py::object dict = dict_of(linear);
-    if (!check_module(linear, dict.ptr(), outer, "the model", v, watch_)) return false;
-    PyObject* const modules = get_item(dict.ptr(), n.modules);
-    watch_.dict(modules);
-    Py_ssize_t position = 0;
-    PyObject* only = nullptr;
-    const bool has_one =
-        modules != nullptr && PyDict_Check(modules) && PyDict_GET_SIZE(modules) == 1 &&
-        PyDict_Next(modules, &position, nullptr, &only) && Py_TYPE(only) == o.linear.type;
-    // LinearMSELoss asks for its layer by name, and an attribute of that name would hide it.
-    const bool is_asked_for =
-        outer.type == o.sequential.type || (has_one && get_item(modules, n.linear) == only &&
-                                            get_item(dict.ptr(), n.linear) == nullptr);
-    if (!has_one || !is_asked_for) {
-      v.against(true, outer.type == o.sequential.type
-                          ? "the model is a Sequential of something else than one nn.Linear"
-                          : "the model's only module is not its nn.Linear");
-      return false;
-    }
-    linear = only;
-  } else if (loss_function_.is_none()) {
-    v.against(std::string("the model is ") + Py_TYPE(linear)->tp_name +
-              ", not LinearMSELoss itself");
-    return false;
-  }
-  if (Py_TYPE(linear) != o.linear.type) {
-    v.against(std::string("the model is ") + Py_TYPE(linear)->tp_name +
-              ", not nn.Linear itself (or a Sequential of just one)");
-    return false;
-  }
-  const py::object dict = dict_of(linear);
-  if (!check_module(linear, dict.ptr(), o.linear, "the linear layer", v, watch_)) return false;
-  PyObject* const parameters = get_item(dict.ptr(), n.parameters);
-  watch_.dict(parameters);
-  PyObject* const weight =
-      parameters != nullptr && PyDict_Check(parameters) ? get_item(parameters, n.weight) : nullptr;
-  PyObject* const bias = weight != nullptr ? get_item(parameters, n.bias) : nullptr;
-  // An attribute of the same name in __dict__ hides the parameter (pruning, FSDP).
-  const bool hidden =
-      get_item(dict.ptr(), n.weight) != nullptr || get_item(dict.ptr(), n.bias) != nullptr;
-  if (weight == nullptr || bias == nullptr || hidden || !is_tensor(weight) ||
-      (bias != Py_None && !is_tensor(bias))) {
-    v.against(true, "the layer's weight and bias are not Parameters of its own");
-    return false;
-  }
-  reading.sgd.weight.object = weight;
-  if (bias != Py_None) reading.sgd.bias.object = bias;
-  return true;
-}
-
-bool LinearStep::read_loss(Verdict& v, Reading& reading) {
-  const PythonObjects& o = python_objects();
-  const Names& n = o.names;
-  PyObject* const loss = loss_function_.ptr();
-  PyObject* reduction = n.mean;
-  py::object owner;
-  if (loss == Py_None) {
-    // read_model has seen that the model is a LinearMSELoss, and watches its dictionary.
-    owner = dict_of(model_.ptr());
-    reduction = get_item(owner.ptr(), n.reduction);
-  } else if (Py_TYPE(loss) == o.mse_loss.type) {
-    owner = dict_of(loss);
-    if (!check_module(loss, owner.ptr(), o.mse_loss, "the loss", v, watch_)) return false;
-    reduction = get_item(owner.ptr(), n.reduction);
-  } else if (Py_TYPE(loss) == o.partial) {
-    // functools.partial(F.mse_loss, reduction=...), whose keywords may change unseen.
-    reading.sgd.may_be_kept = false;
-    const py::object function = py::getattr(loss, "func"), args = py::getattr(loss, "args");
-    owner = py::getattr(loss, "keywords");
-    PyObject* const given = get_item(owner.ptr(), n.reduction);
-    if (function.ptr() != o.mse_loss_function || PyTuple_GET_SIZE(args.ptr()) != 0 ||
-        PyDict_GET_SIZE(owner.ptr()) != (given != nullptr ? 1 : 0)) {
-      v.against(true, "the loss is a partial of something else than F.mse_loss with a reduction");
-      return false;
-    }
-    if (given != nullptr) reduction = given;
-  } else if (loss != o.mse_loss_function) {
-    v.against(std::string("the loss is ") + Py_TYPE(loss)->tp_name +
-              ", not nn.MSELoss itself or F.mse_loss");
-    return false;
-  }
-  const auto is = [&](PyObject* name) {
-    return reduction == name || (reduction != nullptr && PyUnicode_CheckExact(reduction) &&
-                                 PyUnicode_Compare(reduction, name) == 0);
-  };
-  if (is(n.mean)) {
-    reading.reduction = Reduction::kMean;
-  } else if (is(n.sum)) {
-    reading.reduction = Reduction::kSum;
-  } else {
-    v.against(true, "the loss' reduction is neither 'mean' nor 'sum'");
-    return false;
-  }
-  return true;
-}
-
 // The model, the loss and the optimizer; from memory where none of them has changed. False when
 // there is no layer to look at further, or no need.
 bool LinearStep::read_objects(Verdict& v, Reading& reading) {
@@ -284,8 +149,14 @@ bool LinearStep::read_objects(Verdict& v, Reading& reading) {
     return true;
   }
   watch_.clear();
-  const bool model = read_model(v, reading);
-  const bool loss = (model || v.explains()) && read_loss(v, reading);
+  LinearModel layer;
+  const bool model = read_only_layer(model_.ptr(), loss_function_.ptr(), v, watch_, layer);
+  const bool loss =
+      (model || v.explains()) && read_loss(loss_function_.ptr(), model_.ptr(), v, watch_, layer);
+  reading.sgd.weight.object = layer.weight;
+  reading.sgd.bias.object = layer.bias;
+  reading.sgd.may_be_kept = layer.may_be_kept;
+  reading.reduction = layer.reduction;
   // Without a layer only the kind of optimizer can still be said.
   const PyTypeObject* const type = Py_TYPE(optimizer_.ptr());
   const bool has_groups =

@@ -60,8 +60,6 @@ class LinearStep {
 
   bool resolve(PyObject* input, PyObject* target, Verdict& verdict, Call& call);
   bool read_objects(Verdict& verdict, Reading& reading);
-  bool read_model(Verdict& verdict, Reading& reading);
-  bool read_loss(Verdict& verdict, Reading& reading);
   static bool check_params(Verdict& verdict, Call& call);
   static bool check_batch(PyObject* input, PyObject* target, Verdict& verdict, Call& call);
   static void make_buffers(Call& call);

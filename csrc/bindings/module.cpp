@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "bindings/engines.h"
+#include "bindings/head_step.h"
 #include "bindings/linear_mse_eager.h"
 #include "bindings/linear_step.h"
 #include "bindings/python_objects.h"
@@ -67,6 +68,7 @@ void use_isa(const std::string& name) {
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   namespace py = pybind11;
+  using fused_step::HeadStep;
   using fused_step::LinearStep;
   using fused_step::SgdStep;
   fused_step::python_objects();
@@ -111,6 +113,16 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
            py::arg("batch_size"), py::arg("shuffle"), py::arg("generator"), py::arg("progress"))
       .def("explain", &LinearStep::explain, py::arg("input"), py::arg("target"))
       .def_property_readonly("plan", &LinearStep::plan);
+
+  py::class_<HeadStep>(m, "HeadStep", py::module_local(),
+                       "Plan head of TrainStep, for a model that ends in a linear layer; see "
+                       "train_step.py.")
+      .def(py::init<py::handle, py::handle, py::handle>(), py::arg("model"),
+           py::arg("loss_function"), py::arg("optimizer"))
+      .def("modules", &HeadStep::modules)
+      .def("step", &HeadStep::step, py::arg("hidden"), py::arg("target"))
+      .def("loss", &HeadStep::loss, py::arg("hidden"), py::arg("target"))
+      .def("explain", &HeadStep::explain, py::arg("input"), py::arg("target"));
 
   py::class_<SgdStep>(m, "SgdStep", py::module_local(),
                       "The update of fused_step.SGD; see optim.py.")

@@ -11,6 +11,8 @@ _PACKAGE = Path(__file__).resolve().parents[1]
 # Listed, not globbed: a stray file never ends up in the binary. Paths below csrc/.
 CPU_SOURCES = (
     "bindings/engines.cpp",
+    "bindings/head_step.cpp",
+    "bindings/linear_model.cpp",
     "bindings/linear_mse_autograd.cpp",
     "bindings/linear_mse_cpu.cpp",
     "bindings/linear_mse_eager.cpp",

@@ -1,0 +1,154 @@
+// SPDX-License-Identifier: MIT
+#include "bindings/head_step.h"
+
+#include <pybind11/cast.h>
+#include <pybind11/gil_simple.h>
+
+#include "bindings/dtypes.h"
+#include "bindings/engines.h"
+#include "bindings/linear_mse.h"
+#include "bindings/memory.h"
+#include "bindings/python_bridge.h"
+#include "bindings/python_objects.h"
+#include "bindings/world.h"
+
+namespace fused_step {
+
+namespace py = pybind11;
+
+namespace {
+
+// What linear_mse_loss reads: an ordinary tensor with all of its memory, where the weight is.
+bool check_operand(const char* name, PyObject* object, const at::Tensor& weight, Verdict& v) {
+  const auto against = [&](bool holds, const char* what) {
+    return holds && v.against(std::string(name) + what);
+  };
+  if (!is_exact_tensor(object) && Py_TYPE(object) != python_objects().parameter) {
+    v.against(std::string(name) + " is not a torch.Tensor or nn.Parameter itself");
+    return false;
+  }
+  const at::Tensor& t = tensor_of(object);
+  if (!has_plain_keys(t) || t.device() != weight.device()) {
+    v.against(std::string(name) + " is not an ordinary tensor on the weight's device");
+    return false;
+  }
+  if (against(t.scalar_type() != weight.scalar_type(), " is not of the weight's dtype")) {
+    return false;
+  }
+  if (against(t._fw_grad(0).defined(), " has a forward-mode derivative")) return false;
+  return !against(!has_its_storage(t), " has lost its storage");
+}
+
+bool has_output_shape(const at::Tensor& hidden, const at::Tensor& target,
+                      const at::Tensor& weight) {
+  const int64_t dim = hidden.dim();
+  return dim >= 1 && target.dim() == dim && hidden.size(-1) == weight.size(1) &&
+         target.size(-1) == weight.size(0) &&
+         hidden.sizes().slice(0, dim - 1) == target.sizes().slice(0, dim - 1);
+}
+
+}  // namespace
+
+// The world, the model and its loss. False once the verdict needs no more, or without a layer.
+bool HeadStep::read(Verdict& v) {
+  bool autocast = false;
+  if (!check_world(v, autocast)) return false;
+  if (v.against(autocast, "autocast is on")) return false;
+  if (!v.explains() && watch_.unchanged()) return true;
+  watch_.clear();
+  reading_ = {};
+  if (loss_function_.is_none()) {
+    v.against(true, "the model gives its loss itself");
+    return false;
+  }
+  LinearModel& model = reading_.model;
+  const bool has_layer = read_last_layer(model_.ptr(), v, watch_, model, reading_.body);
+  const bool has_loss = (has_layer || v.explains()) &&
+                        read_loss(loss_function_.ptr(), model_.ptr(), v, watch_, model);
+  // What explain() has read is not kept: with a reason against it, it is not complete.
+  if (!has_layer || !has_loss || v.explains() || !model.may_be_kept) watch_.clear();
+  return has_layer && has_loss;
+}
+
+bool HeadStep::check(PyObject* hidden, PyObject* target, Verdict& v) {
+  const LinearModel& model = reading_.model;
+  const at::Tensor& weight = tensor_of(model.weight);
+  if (v.against(!is_served(weight.device()),
+                "weight is on a device that this build has no kernels for") ||
+      v.against(!is_fused_dtype(weight.scalar_type()),
+                "weight is not float32, float64, bfloat16 or float16")) {
+    return false;
+  }
+  if (!check_operand("weight", model.weight, weight, v) ||
+      (model.bias != nullptr && !check_operand("bias", model.bias, weight, v)) ||
+      !check_operand("target", target, weight, v) ||
+      (hidden != nullptr && !check_operand("the last layer's input", hidden, weight, v))) {
+    return false;
+  }
+  if (v.against(weight.dim() != 2, "weight is not [O, I]")) return false;
+  const bool has_bias = model.bias != nullptr;
+  if (v.against(has_bias && (tensor_of(model.bias).dim() != 1 ||
+                             tensor_of(model.bias).size(0) != weight.size(0)),
+                "bias is not [O]")) {
+    return false;
+  }
+  if (!v.applies()) return false;
+  return !v.against(
+      hidden != nullptr && !has_output_shape(tensor_of(hidden), tensor_of(target), weight),
+      "the last layer's input and target are not [*, I] and [*, O] with the same leading "
+      "dimensions");
+}
+
+py::object HeadStep::modules() {
+  Verdict verdict(nullptr);
+  if (!read(verdict)) return py::none();
+  py::tuple modules(reading_.body.size() + 1);
+  for (size_t k = 0; k < reading_.body.size(); ++k) {
+    modules[k] = py::reinterpret_borrow<py::object>(reading_.body[k]);
+  }
+  modules[reading_.body.size()] = py::reinterpret_borrow<py::object>(reading_.model.linear);
+  return std::move(modules);
+}
+
+py::object HeadStep::step(py::handle hidden, py::handle target) {
+  Verdict verdict(nullptr);
+  // Without modules before it the layer is the model, and LinearStep has looked at that.
+  if (!is_exact_tensor(hidden.ptr()) || tensor_of(hidden.ptr()).requires_grad() || !read(verdict) ||
+      reading_.body.empty()) {
+    return py::none();
+  }
+  // Another layer at the same address is read anew by LinearStep itself.
+  if (reading_.model.linear != layer_of_) {
+    layer_of_ = reading_.model.linear;
+    layer_.emplace(layer_of_, loss_function_, optimizer_);
+  }
+  return layer_->step(hidden, target);
+}
+
+py::object HeadStep::loss(py::handle hidden, py::handle target) {
+  Verdict verdict(nullptr);
+  if (!read(verdict) || !check(hidden.ptr(), target.ptr(), verdict)) return py::none();
+  const LinearModel& model = reading_.model;
+  // Held: without the GIL another thread may take them out of the model.
+  const at::Tensor weight = tensor_of(model.weight);
+  std::optional<at::Tensor> bias;
+  if (model.bias != nullptr) bias = tensor_of(model.bias);
+  at::Tensor loss;
+  {
+    const py::gil_scoped_release_simple no_gil;
+    loss = linear_mse_loss_autograd(tensor_of(hidden.ptr()), weight, bias, tensor_of(target.ptr()),
+                                    model.reduction == Reduction::kMean ? "mean" : "sum");
+  }
+  return py::reinterpret_steal<py::object>(to_python(std::move(loss)));
+}
+
+std::pair<bool, std::vector<std::string>> HeadStep::explain(py::handle input, py::handle target) {
+  std::vector<std::string> reasons;
+  Verdict verdict(&reasons);
+  if (read(verdict)) {
+    check(reading_.body.empty() ? input.ptr() : nullptr, target.ptr(), verdict);
+  }
+  return {verdict.applies(), reasons};
+}
+
+}  // namespace fused_step

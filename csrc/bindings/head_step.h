@@ -1,0 +1,58 @@
+// SPDX-License-Identifier: MIT
+// Door 1 for a model that ends in a linear layer under a squared error: finds out at each call
+// whether that layer and the loss may be made by linear_mse_loss, and makes them.
+#pragma once
+
+#include <Python.h>
+#include <pybind11/pytypes.h>
+
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "bindings/linear_model.h"
+#include "bindings/linear_step.h"
+#include "bindings/verdict.h"
+#include "bindings/watch.h"
+
+namespace fused_step {
+
+// Not to be called from two threads at once. Holds no references, as LinearStep.
+class HeadStep {
+ public:
+  HeadStep(pybind11::handle model, pybind11::handle loss_function, pybind11::handle optimizer)
+      : model_(model), loss_function_(loss_function), optimizer_(optimizer) {}
+
+  // The modules that a call of the model calls one after the other, the last layer at the end; None
+  // where the head is not fused.
+  pybind11::object modules();
+
+  // `hidden` is what the modules before the last layer gave. The whole rest of the step, by a plan
+  // of that layer, if `hidden` needs no gradient; None, and nothing changed, where that is not so.
+  pybind11::object step(pybind11::handle hidden, pybind11::handle target);
+
+  // The loss of the last layer, with its derivative; None where it is not fused.
+  pybind11::object loss(pybind11::handle hidden, pybind11::handle target);
+
+  // Whether the head of step(input, target) would be fused, as far as can be told without what the
+  // modules before the last layer give; and why not.
+  std::pair<bool, std::vector<std::string>> explain(pybind11::handle input,
+                                                    pybind11::handle target);
+
+ private:
+  struct Reading {
+    LinearModel model;
+    std::vector<PyObject*> body;  // the modules before the last layer
+  };
+
+  bool read(Verdict& verdict);
+  bool check(PyObject* hidden, PyObject* target, Verdict& verdict);
+
+  pybind11::handle model_, loss_function_, optimizer_;
+  Watch watch_;  // over what reading_ came from
+  Reading reading_;
+  std::optional<LinearStep> layer_;  // of layer_of_
+  PyObject* layer_of_ = nullptr;
+};
+
+}  // namespace fused_step

@@ -1,0 +1,43 @@
+// SPDX-License-Identifier: MIT
+// Reads the Python side of a model that is, or ends in, one nn.Linear, and of its squared error: is
+// calling them nothing but F.linear and F.mse_loss on these tensors?
+#pragma once
+
+#include <Python.h>
+
+#include <vector>
+
+#include "bindings/verdict.h"
+#include "bindings/watch.h"
+#include "core/params.h"
+
+namespace fused_step {
+
+// All references are borrowed.
+struct LinearModel {
+  PyObject* linear = nullptr;
+  PyObject* weight = nullptr;
+  PyObject* bias = nullptr;  // null: the layer has none
+  Reduction reduction = Reduction::kMean;
+  bool may_be_kept = true;  // false: a value in it may change unseen (a partial's keywords)
+};
+
+// Each notes in `watch` what it came from, and is false once the verdict needs no more, or where
+// there is nothing further to read.
+
+// A model that is one nn.Linear: itself, in a Sequential of just one, or, where `loss` is None and
+// the model gives the loss itself, in a LinearMSELoss.
+bool read_only_layer(PyObject* model, PyObject* loss, Verdict& verdict, Watch& watch,
+                     LinearModel& reading);
+
+// A model that ends in nn.Linear: itself, or the last module of a Sequential, or of a Sequential
+// that is the last module. `body` are the modules before it, in the order of their calls.
+bool read_last_layer(PyObject* model, Verdict& verdict, Watch& watch, LinearModel& reading,
+                     std::vector<PyObject*>& body);
+
+// nn.MSELoss, F.mse_loss or a partial of it; None for that of a LinearMSELoss, whose layer
+// read_only_layer() has found.
+bool read_loss(PyObject* loss, PyObject* model, Verdict& verdict, Watch& watch,
+               LinearModel& reading);
+
+}  // namespace fused_step
