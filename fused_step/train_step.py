@@ -108,7 +108,7 @@ class TrainStep:
         plan, reasons = self._fused.explain(input, target)
         if plan == "plain":
             has_head, reasons_of_head = self._head.explain(input, target)
-            has_update = self._is_ours() or is_stock_sgd(self._optimizer)
+            has_update = self._has_fused_update()
             plan = "head" if has_head else "optimizer" if has_update else "plain"
             reasons += reasons_of_head
             if not has_update:
@@ -137,13 +137,11 @@ class TrainStep:
 
     def _loop_step(self, input: Tensor, target: Tensor) -> Tensor:
         """The five lines, with what of them can be fused."""
-        self._loop_plan = "plain"
+        self._loop_plan = "optimizer" if self._has_fused_update() else "plain"
         loss, is_done = self._loss(input, target)
         if not is_done:
             loss.backward()  # type: ignore[no-untyped-call]  # without annotations
-            is_fused = self._step_and_zero_grad()
-            if is_fused and self._loop_plan == "plain":
-                self._loop_plan = "optimizer"
+            self._step_and_zero_grad()
         return loss.detach()
 
     def _loss(self, input: Tensor, target: Tensor) -> tuple[Tensor, bool]:
@@ -169,19 +167,20 @@ class TrainStep:
         self._loop_plan = "head"
         return loss, is_done
 
-    def _step_and_zero_grad(self) -> bool:
-        """The last two lines; whether they were one."""
+    def _step_and_zero_grad(self) -> None:
+        """The last two lines, by door 3 where it has them; it leaves to torch what it cannot do."""
         optimizer = self._optimizer
         if self._is_ours():
             optimizer.step(zero_grad=True)  # type: ignore[call-overload]
-            return True
-        if is_stock_sgd(optimizer) and self._update(optimizer, GRAD_TO_NONE):
+        elif is_stock_sgd(optimizer) and self._update(optimizer, GRAD_TO_NONE):
             if "step" in optimizer.__dict__:  # a scheduler's: it wants to know of the call
                 optimizer._opt_called = True  # type: ignore[attr-defined]
-            return True
-        optimizer.step()
-        optimizer.zero_grad()
-        return False
+        else:
+            optimizer.step()
+            optimizer.zero_grad()
+
+    def _has_fused_update(self) -> bool:
+        return self._is_ours() or is_stock_sgd(self._optimizer)
 
     def _is_ours(self) -> bool:
         """Whether the optimizer is a fused_step.SGD as it was made."""

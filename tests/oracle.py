@@ -310,11 +310,14 @@ def scales(problem: Problem, steps: int) -> dict[str, float]:
     model, loss_function, optimizer = problem.build()
     O, I = problem.weight.shape
     x = rows_of(problem.input, I).abs()  # [B, I]
-    t = rows_of(problem.target, O).abs()  # [B, O]
+    # [B, O], or more columns where a target has made one output broadcast.
+    t = rows_of(problem.target, problem.target.shape[-1]).abs()
     s_l = 1.0 / max(t.numel(), 1) if problem.reduction == "mean" else 1.0
     curvature = largest_curvature(problem)
     groups = {"weight": optimizer.param_groups[0], "bias": optimizer.param_groups[-1]}
-    found: dict[str, float] = {}
+    # Of gradients, where nothing clears them: what all steps have added.
+    names = ("weight.grad", "bias.grad", "input.grad", "target.grad")
+    found: dict[str, float] = dict.fromkeys(names, 0.0)
 
     def largest(a: Tensor) -> float:
         return float(a.max()) if a.numel() else 0.0
@@ -335,11 +338,15 @@ def scales(problem: Problem, steps: int) -> dict[str, float]:
             "bias": (2 * s_l * largest(a.sum(dim=0)), largest(b)),
         }
         propagated = curvature * (off["weight"] + off["bias"])
+        a_off = 2 * s_l * (a + moved)  # [B, O]
+        found["target.grad"] += largest(a_off)
+        found["input.grad"] += largest(a_off @ (W + off["weight"]).expand(t.shape[1], I))
         for name, (terms, size) in gradients.items():
             lr, momentum, dampening, decay = (
                 abs(float(groups[name][key]))
                 for key in ("lr", "momentum", "dampening", "weight_decay")
             )
+            found[f"{name}.grad"] += terms + propagated
             gradient = terms + propagated + decay * (size + off[name])
             buffer = momentum * off[f"{name}_buffer"] + (1 + dampening) * gradient
             off[f"{name}_buffer"] = buffer

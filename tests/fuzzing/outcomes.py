@@ -131,6 +131,7 @@ def assert_like_plain(
     is_fused: bool,
     may_refuse: bool = False,
     whole_steps: Callable[[], list[Outcome]] = list,
+    eps: float = 0.0,
 ) -> str:
     """Holds an outcome to the plain loop's, and says what kind it was.
 
@@ -139,11 +140,12 @@ def assert_like_plain(
         plain: of what the door stands for.
         start: makes what there was before the call.
         exact: makes the plain outcome in float64.
-        scales: makes the scale of each tensor, see `oracle.scales`.
+        scales: makes the scale of each tensor, see `oracle.scales`; infinite: whatever it is.
         is_fused: whether other bits than the plain loop's are allowed, by the rule of tolerance.
         may_refuse: whether the door may raise where the plain loop does not, or otherwise than it.
         whole_steps: makes what there is before the first step and after each. Where the plain loop
             raises within a step, the door may have left that step undone.
+        eps: of the parameters: what is wider, and made of them, is no more exact than they are.
     """
     if ours.error is not None and not is_same_error(ours.error, plain.error):
         assert may_refuse, f"raised {ours.error!r}, the plain loop {plain.error!r}"
@@ -159,6 +161,9 @@ def assert_like_plain(
         for before in whole_steps():
             since = differences(ours, before)
             different = [name for name in different if name in since]
+        if "head" in ours.plans:
+            # Which gradients are there when backward() raises is a matter of autograd's order.
+            different = [name for name in different if not name.endswith(".grad")]
     if not different:
         return "error of the plain loop" if plain.error is not None else "same bits"
     assert is_fused, f"{different} differ from the plain loop's, plans {ours.plans}"
@@ -171,5 +176,9 @@ def assert_like_plain(
         assert (mine is None) == (value is None), f"{name} is {mine}, in the plain loop {value}"
         if value is not None:
             assert name in scale, f"{name} differs from the plain loop's, plans {ours.plans}"
-            assert_within_rule(name, mine, value, truth.tensors[name].double(), scale[name])
+            if math.isinf(scale[name]):
+                continue
+            wider = max(1.0, eps / torch.finfo(mine.dtype).eps)
+            exactly = truth.tensors[name].double()
+            assert_within_rule(name, mine, value, exactly, wider * scale[name])
     return "by the rule"

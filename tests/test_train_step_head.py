@@ -1,0 +1,522 @@
+# SPDX-License-Identifier: MIT
+"""TrainStep's plan `head`: any model that ends in a linear layer, under any optimizer."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+import itertools
+import warnings
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from device import DEVICE
+from oracle import (
+    DTYPES,
+    FUSED_PLANS,
+    OPTION_SETS,
+    Problem,
+    assert_trains_like_plain,
+    describe,
+    plain_run,
+    plain_step,
+)
+from torch import Tensor, nn
+
+import fused_step
+
+each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+HEAD = ("head",)
+LOWER = ("optimizer", "plain")
+B, I, HIDDEN, O = 40, 6, 9, 3
+
+# What comes before the last layer; made anew at each call.
+BODIES: dict[str, Callable[[], list[nn.Module]]] = {
+    "layer": lambda: [nn.Linear(I, HIDDEN)],
+    "layers": lambda: [nn.Linear(I, 5), nn.Tanh(), nn.Linear(5, HIDDEN), nn.ReLU()],
+    "Sequential": lambda: [nn.Sequential(nn.Linear(I, HIDDEN), nn.Sigmoid())],
+    "normalised": lambda: [nn.Linear(I, HIDDEN), nn.LayerNorm(HIDDEN)],
+    "running statistics": lambda: [nn.Linear(I, HIDDEN), nn.BatchNorm1d(HIDDEN)],
+    "dropout": lambda: [nn.Linear(I, HIDDEN), nn.Dropout(0.5)],
+    "own class": lambda: [Residual()],
+}
+each_body = pytest.mark.parametrize("body", BODIES)
+
+
+class Residual(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(I, HIDDEN), nn.Linear(HIDDEN, HIDDEN)
+
+    def forward(self, input: Tensor) -> Tensor:
+        hidden = self.first(input)
+        return hidden + torch.tanh(self.second(hidden))
+
+
+class ProblemOfHead(Problem):
+    """A linear regression that no plan of a linear layer takes: SGD has a parameter more."""
+
+    def build(self, dtype=None):
+        model, loss_function, optimizer = super().build(dtype)
+        optimizer.add_param_group(
+            {**optimizer.param_groups[-1], "params": [nn.Parameter(torch.ones(2))]}
+        )
+        return model, loss_function, optimizer
+
+
+def head_of(problem: Problem) -> ProblemOfHead:
+    return ProblemOfHead(**{f.name: getattr(problem, f.name) for f in dataclasses.fields(Problem)})
+
+
+def net(body: list[nn.Module], outputs: int = O, dtype: torch.dtype = torch.float32) -> nn.Module:
+    return nn.Sequential(*body, nn.Linear(HIDDEN, outputs)).to(dtype)
+
+
+def batch(dtype: torch.dtype = torch.float32, rows: int = B, outputs: int = O):
+    generator = torch.Generator().manual_seed(rows + outputs)
+    return (
+        torch.randn(rows, I, generator=generator).to(dtype),
+        torch.randn(rows, outputs, generator=generator).to(dtype),
+    )
+
+
+def twins(model: nn.Module, make: Callable[..., torch.optim.Optimizer]):
+    """The model and a copy of it, each with an optimizer of its own."""
+    other = copy.deepcopy(model)
+    return model, make(model.parameters()), other, make(other.parameters())
+
+
+def assert_same(model: nn.Module, other: nn.Module, **tolerance: float) -> None:
+    """Equal parameters, buffers and gradients, bit for bit unless there is a tolerance."""
+    same = functools.partial(
+        torch.testing.assert_close, equal_nan=True, **(tolerance or {"rtol": 0, "atol": 0})
+    )
+    for (name, p), q in zip(model.named_parameters(), other.parameters(), strict=True):
+        same(p, q, msg=lambda said, name=name: f"{name}: {said}")
+        assert (p.grad is None) == (q.grad is None), name
+        if p.grad is not None:
+            same(p.grad, q.grad)
+    for p, q in zip(model.buffers(), other.buffers(), strict=True):
+        same(p, q)
+
+
+CLOSE = {"rtol": 1e-5, "atol": 1e-6}
+
+
+# --- what it computes -----------------------------------------------------------------------------
+
+
+@each_dtype
+@pytest.mark.parametrize("options", OPTION_SETS, ids=describe)
+def test_last_layer_alone_trains_by_the_rule(options, dtype):
+    for (rows, outputs), reduction, bias in itertools.product(
+        ((37, 1), (41, 6), (5, 33), (1, 3), (0, 2)), ("mean", "sum"), (True, False)
+    ):
+        problem = Problem.random(
+            rows, 13, outputs, dtype=dtype, reduction=reduction, bias=bias, options=options
+        )
+        assert_trains_like_plain(head_of(problem), plans=HEAD)
+
+
+@each_dtype
+@each_body
+@pytest.mark.parametrize("outputs", [1, O, 40])
+def test_head_is_doors_two_and_three_after_the_body(outputs, body, dtype):
+    """Bit for bit: each of them is held to the plain loop by tests of its own."""
+    torch.manual_seed(0)
+    sgd = functools.partial(fused_step.SGD, lr=0.05, momentum=0.9, weight_decay=0.01)
+    model, optimizer, other, other_optimizer = twins(net(BODIES[body](), outputs, dtype), sgd)
+    step = fused_step.TrainStep(model, nn.MSELoss(), optimizer)
+    x, t = batch(dtype, outputs=outputs)
+    for number in range(3):
+        torch.manual_seed(number)
+        loss = step(x, t)
+        assert step.plan == "head"
+        assert not loss.requires_grad
+        torch.manual_seed(number)
+        last = other[-1]
+        expected = fused_step.linear_mse_loss(
+            other[:-1](x), last.weight, t, linear_bias=last.bias, reduction="mean"
+        )
+        expected.backward()
+        other_optimizer.step(zero_grad=True)
+        assert torch.equal(loss, expected.detach())
+    assert_same(model, other)
+
+
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "SGD": functools.partial(torch.optim.SGD, lr=0.05, momentum=0.9),
+    "fused SGD": functools.partial(fused_step.SGD, lr=0.05, momentum=0.9),
+    "clipping SGD": functools.partial(fused_step.SGD, lr=0.05, max_grad_norm=0.1),
+    # Large eps: their steps then follow the gradient's size, and not the sign of its rounding.
+    "AdamW": functools.partial(torch.optim.AdamW, lr=0.01, eps=1e-2),
+    "RMSprop": functools.partial(torch.optim.RMSprop, lr=0.01, eps=1e-2),
+    "Adagrad": functools.partial(torch.optim.Adagrad, lr=0.01, eps=1e-2),
+}
+
+
+@each_body
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_network_trains_like_the_plain_loop(optimizer, body):
+    torch.manual_seed(0)
+    models = twins(net(BODIES[body]()), OPTIMIZERS[optimizer])
+    model, ours, other, theirs = models
+    loss_function = nn.MSELoss(reduction="mean")
+    step = fused_step.TrainStep(model, loss_function, ours)
+    x, t = batch()
+    assert step.explain(x, t).startswith("plan: head\n")
+    for number in range(5):
+        torch.manual_seed(number)
+        loss = step(x, t)
+        assert step.plan == "head"
+        torch.manual_seed(number)
+        torch.testing.assert_close(loss, plain_step(other, loss_function, theirs, x, t), **CLOSE)
+    assert_same(model, other, **CLOSE)
+
+
+@pytest.mark.parametrize("optimizer", ["SGD", "fused SGD", "AdamW"])
+def test_run_is_the_loop_of_steps(optimizer):
+    torch.manual_seed(0)
+    model, ours, other, theirs = twins(net(BODIES["layers"]()), OPTIMIZERS[optimizer])
+    x, t = batch(rows=50)
+    step = fused_step.TrainStep(model, nn.MSELoss(), ours)
+    options = {"epochs": 2, "batch_size": 16, "shuffle": True}
+    losses = step.run(x, t, generator=torch.Generator().manual_seed(3), **options)
+    assert step.plan == "head"
+    expected = plain_run(
+        other, nn.MSELoss(), theirs, x, t, generator=torch.Generator().manual_seed(3), **options
+    )
+    torch.testing.assert_close(losses, expected, **CLOSE)
+    assert_same(model, other, **CLOSE)
+
+
+@pytest.mark.parametrize("loss_function", [F.mse_loss, functools.partial(F.mse_loss)])
+def test_losses_that_are_functions(loss_function):
+    model, ours, other, theirs = twins(net(BODIES["layer"]()), OPTIMIZERS["AdamW"])
+    step = fused_step.TrainStep(model, loss_function, ours)
+    x, t = batch()
+    torch.testing.assert_close(step(x, t), plain_step(other, loss_function, theirs, x, t), **CLOSE)
+    assert step.plan == "head"
+    assert_same(model, other, **CLOSE)
+
+
+def test_leading_dimensions_are_rows():
+    model, ours, other, theirs = twins(net(BODIES["layers"]()), OPTIMIZERS["SGD"])
+    step = fused_step.TrainStep(model, nn.MSELoss(), ours)
+    for leading in ((), (4,), (2, 3), (2, 1, 5), (3, 0, 2)):
+        x, t = torch.randn(*leading, I), torch.randn(*leading, O)
+        expected = plain_step(other, nn.MSELoss(), theirs, x, t)
+        torch.testing.assert_close(step(x, t), expected, equal_nan=True, **CLOSE)
+        assert step.plan == "head"
+    assert_same(model, other, **CLOSE)
+
+
+# --- a body that gives no gradient ----------------------------------------------------------------
+
+
+def frozen(body: list[nn.Module]) -> list[nn.Module]:
+    for module in body:
+        module.requires_grad_(False)
+    return body
+
+
+FEATURES: dict[str, Callable[[], list[nn.Module]]] = {
+    "Flatten": lambda: [nn.Flatten(), nn.Dropout(0.0)],
+    "frozen body": lambda: frozen([nn.Linear(I, HIDDEN), nn.ReLU()]),
+}
+
+
+@each_dtype
+@pytest.mark.parametrize("features", FEATURES)
+@pytest.mark.parametrize("outputs", [1, 40])
+def test_layer_whose_input_needs_no_gradient_has_its_own_plan(
+    outputs, features, dtype, monkeypatch
+):
+    """The update in place, as TrainStep has it for that layer alone: no gradient is made."""
+    torch.manual_seed(0)
+    body = nn.Sequential(*FEATURES[features]()).to(dtype)
+    last = nn.Linear(I if features == "Flatten" else HIDDEN, outputs, dtype=dtype)
+    alone = copy.deepcopy(last)
+    sgd = functools.partial(torch.optim.SGD, lr=0.05, momentum=0.9)
+    step = fused_step.TrainStep(nn.Sequential(*body, last), nn.MSELoss(), sgd(last.parameters()))
+    step_alone = fused_step.TrainStep(alone, nn.MSELoss(), sgd(alone.parameters()))
+    x, t = batch(dtype, outputs=outputs)
+    monkeypatch.setattr(Tensor, "backward", None)  # nothing calls it
+    for _ in range(3):
+        loss = step(x, t)
+        assert step.plan == "head"
+        assert torch.equal(loss, step_alone(body(x), t))
+        assert step_alone.plan in FUSED_PLANS
+    assert_same(last, alone)
+
+
+def test_frozen_body_in_the_optimizer_stays_as_it_is():
+    model, ours, other, theirs = twins(net(FEATURES["frozen body"]()), OPTIMIZERS["SGD"])
+    step = fused_step.TrainStep(model, nn.MSELoss(), ours)
+    x, t = batch()
+    before = copy.deepcopy(model[0])
+    for _ in range(3):
+        step(x, t)
+        assert step.plan == "head"
+        plain_step(other, nn.MSELoss(), theirs, x, t)
+    assert_same(model[0], before)
+    assert_same(model, other, **CLOSE)
+
+
+def test_body_thawed_between_two_steps_is_trained():
+    model = net(FEATURES["frozen body"]())
+    other = copy.deepcopy(model)
+    sgd = functools.partial(torch.optim.SGD, lr=0.05, momentum=0.9)
+    ours, theirs = sgd(model[-1].parameters()), sgd(other[-1].parameters())
+    step = fused_step.TrainStep(model, nn.MSELoss(), ours)
+    x, t = batch()
+    for number in range(4):
+        if number == 2:
+            for m, optimizer in ((model, ours), (other, theirs)):
+                m.requires_grad_(True)
+                optimizer.add_param_group({"params": [*m[0].parameters()]})
+        step(x, t)
+        assert step.plan == "head"
+        plain_step(other, nn.MSELoss(), theirs, x, t)
+    assert_same(model, other, **CLOSE)
+    assert not torch.equal(model[0].weight, net(FEATURES["frozen body"]())[0].weight)
+
+
+# --- what a body may give and do ------------------------------------------------------------------
+
+
+class Gives(nn.Module):
+    """Calls a function, and counts the calls."""
+
+    def __init__(self, function: Callable[[Tensor], object]) -> None:
+        super().__init__()
+        self.function, self.calls = function, 0
+
+    def forward(self, input: Tensor) -> object:
+        self.calls += 1
+        return self.function(input)
+
+
+class Tagged(Tensor):
+    pass
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        Tensor.double,
+        Tensor.to_sparse,
+        lambda h: h[:, :-1],
+        lambda h: h[0],
+        lambda h: h[:, None],
+        lambda h: h.as_subclass(Tagged),
+        lambda h: (h, h),
+        lambda h: None,
+    ],
+    ids=["dtype", "sparse", "columns", "one row", "a dimension", "subclass", "tuple", "None"],
+)
+def test_layer_is_called_as_it_is_where_its_input_does_not_fit(function):
+    """With the plain loop's result, warning or error, and the body called once."""
+    outcomes = []
+    for fused in (True, False):
+        torch.manual_seed(0)
+        gives = Gives(function)
+        model = net([nn.Linear(I, HIDDEN), gives])
+        optimizer = OPTIMIZERS["SGD"](model.parameters())
+        step = functools.partial(plain_step, model, nn.MSELoss(), optimizer)
+        if fused:
+            step = fused_step.TrainStep(model, nn.MSELoss(), optimizer)
+        found: list[object] = []
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            try:
+                found.append(step(*batch()).item())
+            except Exception as error:
+                found.append((type(error), str(error)))
+        assert gives.calls == 1
+        if fused:
+            assert step.plan in LOWER
+        found += [str(w.message) for w in caught]
+        outcomes.append((found, model))
+    assert outcomes[0][0] == outcomes[1][0]
+    assert_same(outcomes[0][1], outcomes[1][1])
+
+
+def test_hook_that_the_body_registers_on_the_last_layer_is_called():
+    calls: list[str] = []
+    last = nn.Linear(HIDDEN, O)
+
+    def register(h):
+        last.register_forward_hook(lambda module, args, output: calls.append("hook"))
+        return h
+
+    model = nn.Sequential(nn.Linear(I, HIDDEN), Gives(register), last)
+    step = fused_step.TrainStep(model, nn.MSELoss(), OPTIMIZERS["SGD"](model.parameters()))
+    step(*batch())
+    assert calls == ["hook"]
+    assert step.plan in LOWER
+
+
+def test_error_of_the_body_is_raised_and_nothing_is_changed():
+    def fails(h):
+        raise LookupError("by the body")
+
+    model = net([nn.Linear(I, HIDDEN), Gives(fails)])
+    before = copy.deepcopy(model)
+    step = fused_step.TrainStep(model, nn.MSELoss(), OPTIMIZERS["SGD"](model.parameters()))
+    with pytest.raises(LookupError, match="by the body"):
+        step(*batch())
+    assert_same(model, before)
+
+
+def test_hooks_of_the_body_run():
+    model, ours, other, theirs = twins(net(BODIES["layers"]()), OPTIMIZERS["SGD"])
+    for m in (model, other):
+        m[0].register_forward_hook(lambda module, args, output: 2 * output)
+        m[2].register_full_backward_hook(
+            lambda module, grad_input, grad_output: (grad_input[0] / 2,)
+        )
+        m[0].weight.register_hook(lambda grad: grad * 3)
+    step = fused_step.TrainStep(model, nn.MSELoss(), ours)
+    x, t = batch()
+    for _ in range(3):
+        step(x, t)
+        assert step.plan == "head"
+        plain_step(other, nn.MSELoss(), theirs, x, t)
+    assert_same(model, other, **CLOSE)
+
+
+# --- how a model may be put together --------------------------------------------------------------
+
+
+def test_sequentials_inside_of_the_last_place_are_looked_through():
+    torch.manual_seed(0)
+    inner = nn.Sequential(nn.ReLU(), nn.Linear(HIDDEN, O))
+    nested = nn.Sequential(nn.Linear(I, HIDDEN), nn.Sequential(nn.Tanh(), inner))
+    model, ours, other, theirs = twins(nested, OPTIMIZERS["SGD"])
+    step = fused_step.TrainStep(model, nn.MSELoss(), ours)
+    x, t = batch()
+    for _ in range(3):
+        step(x, t)
+        assert step.plan == "head"
+        plain_step(other, nn.MSELoss(), theirs, x, t)
+    assert_same(model, other, **CLOSE)
+
+
+def test_layer_that_is_used_twice():
+    torch.manual_seed(0)
+    layer = nn.Linear(I, I)
+    model, ours, other, theirs = twins(
+        nn.Sequential(layer, nn.Tanh(), layer), OPTIMIZERS["fused SGD"]
+    )
+    step = fused_step.TrainStep(model, nn.MSELoss(), ours)
+    x, t = torch.randn(B, I), torch.randn(B, I)
+    for _ in range(3):
+        step(x, t)
+        assert step.plan == "head"
+        plain_step(other, nn.MSELoss(), theirs, x, t)
+    assert_same(model, other, **CLOSE)
+
+
+def test_model_that_changes_between_two_steps():
+    """Modules appended, replaced and removed: the next step sees it."""
+    model, ours, other, theirs = twins(net(BODIES["layers"]()), OPTIMIZERS["SGD"])
+    step = fused_step.TrainStep(model, nn.MSELoss(), ours)
+    x, t = batch()
+
+    def both(change):
+        for m in (model, other):
+            change(m)
+
+    def replace_last(m):
+        m[-1] = nn.Linear(HIDDEN, O).requires_grad_(False)
+        for p in m[-1].parameters():
+            nn.init.constant_(p, 0.5)
+
+    def replace_body(m):
+        m[1] = nn.ReLU()
+
+    def drop(m):
+        del m[1]
+
+    for change, plans in (
+        (lambda m: None, HEAD),
+        (lambda m: m.append(nn.ReLU()), LOWER),
+        (lambda m: m.pop(-1), HEAD),
+        (replace_body, HEAD),
+        (drop, HEAD),
+        (replace_last, HEAD),
+        (lambda m: m.append(nn.Sequential()), LOWER),
+    ):
+        both(change)
+        step(x, t)
+        assert step.plan in plans
+        plain_step(other, nn.MSELoss(), theirs, x, t)
+        assert_same(model, other, **CLOSE)
+
+
+def test_gradients_that_are_there_are_added_to():
+    model, ours, other, theirs = twins(net(BODIES["layers"]()), OPTIMIZERS["SGD"])
+    for m in (model, other):
+        for number, p in enumerate(m.parameters()):
+            p.grad = torch.full_like(p, 0.1 * number)
+    x, t = batch()
+    step = fused_step.TrainStep(model, nn.MSELoss(), ours)
+    step(x, t)
+    assert step.plan == "head"
+    plain_step(other, nn.MSELoss(), theirs, x, t)
+    assert_same(model, other, **CLOSE)
+
+
+def test_input_that_needs_a_gradient_gets_it():
+    model, ours, other, theirs = twins(net(BODIES["layers"]()), OPTIMIZERS["SGD"])
+    x, t = batch()
+    mine, its = x.clone().requires_grad_(), x.clone().requires_grad_()
+    step = fused_step.TrainStep(model, nn.MSELoss(), ours)
+    for _ in range(2):
+        step(mine, t)
+        assert step.plan == "head"
+        plain_step(other, nn.MSELoss(), theirs, its, t)
+    torch.testing.assert_close(mine.grad, its.grad, **CLOSE)
+
+
+def test_autocast_is_left_to_the_plain_loop():
+    model, ours, other, theirs = twins(net(BODIES["layers"]()), OPTIMIZERS["SGD"])
+    step = fused_step.TrainStep(model, nn.MSELoss(), ours)
+    x, t = batch()
+    for cache_enabled in (True, False):
+        with torch.autocast(DEVICE.type, torch.bfloat16, cache_enabled=cache_enabled):
+            loss = step(x, t)
+            assert step.plan in LOWER
+            assert "autocast is on" in step.explain(x, t)
+            assert torch.equal(loss, plain_step(other, nn.MSELoss(), theirs, x, t))
+    assert_same(model, other)
+
+
+# --- what explain() says --------------------------------------------------------------------------
+
+
+def test_explain_gives_the_reasons_of_each_plan():
+    x, t = batch()
+
+    def said(model, loss_function=None, make=OPTIMIZERS["SGD"], target=t):
+        loss_function = loss_function or nn.MSELoss()
+        step = fused_step.TrainStep(model, loss_function, make(model.parameters()))
+        return step.explain(x, target)
+
+    layers = net(BODIES["layers"]())
+    assert said(layers).startswith("plan: head\n")
+    assert "nn.Linear itself" not in said(layers)
+    assert said(nn.Sequential(layers, nn.ReLU())).startswith("plan: optimizer\n")
+    assert "does not end in nn.Linear itself but in ReLU" in said(nn.Sequential(layers, nn.ReLU()))
+    assert "in Residual" in said(Residual())
+    with_adam = said(layers, make=OPTIMIZERS["AdamW"])
+    assert with_adam.startswith("plan: head\n")
+    assert "the last two lines are two" in with_adam
+    with_l1 = said(layers, nn.L1Loss(), OPTIMIZERS["AdamW"])
+    assert with_l1.startswith("plan: plain\n")
+    assert with_l1.count("the loss is L1Loss") == 1
+    assert "target is not of the weight's dtype" in said(layers, target=t.double())
