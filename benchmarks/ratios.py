@@ -26,6 +26,7 @@ ALLOWED_LOSS = 0.20
 CONTESTANTS = {
     "cpu": "eager,hand,numpy,step,step_again",
     "loss": "eager,loss,loss_again",
+    "head": "eager,eager_fused,step,step_again",
     "optim": "forloop,foreach,fused,ours,ours_again",
 }
 

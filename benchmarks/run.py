@@ -2,7 +2,7 @@
 """Runs benchmarks one after the other.
 
 Usage: python benchmarks/run.py [NAME|all] [--quick] [--out DIR] ...
-NAME: cpu, cold, loss, optim, sweep, gpu or gpu_optim
+NAME: cpu, cold, loss, head, optim, sweep, gpu or gpu_optim
 
 Everything after the name goes to the script bench_NAME.py; `cold` is bench_cpu.py --cold. `all` is
 all that this machine can run: `gpu` and `gpu_optim` only where torch finds a GPU. Ctrl-C ends the
@@ -22,6 +22,7 @@ SCRIPTS = {
     "cpu": ("bench_cpu.py",),
     "cold": ("bench_cpu.py", "--cold"),
     "loss": ("bench_loss.py",),
+    "head": ("bench_head.py",),
     "optim": ("bench_optim.py",),
     "sweep": ("bench_sweep.py",),
     "gpu": ("bench_gpu.py",),

@@ -8,7 +8,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from harness import page, readme, results, tables
+from test_readme import SNIPPET
 
 ROOT = Path(__file__).resolve().parents[1]
 BENCHMARKS = ROOT / "benchmarks"
@@ -28,6 +30,15 @@ def test_counted_operators_and_bytes_are_those_of_the_page():
     plan = by_script.pop(-2)  # one operator, which is the fused step's sum
     assert plan == by_script[-1]
     assert in_page == by_script
+
+
+@pytest.mark.parametrize("page", [p.name for p in sorted((ROOT / "docs").glob("*.md"))])
+def test_snippets_of_a_page_run_in_order(page):
+    text = (ROOT / "docs" / page).read_text()
+    namespace: dict[str, object] = {"__name__": page}
+    for snippet in SNIPPET.finditer(text):
+        before = text.count("\n", 0, snippet.start(1))
+        exec(compile("\n" * before + snippet[1], page, "exec"), namespace)
 
 
 def committed_results() -> list[dict]:

@@ -13,6 +13,7 @@ _TITLES = {
     "cpu": "A training step of a linear layer, on the CPU",
     "cpu-cold": "The same with cold caches",
     "loss": "Loss and gradients: linear_mse_loss, on the CPU",
+    "head": "A step of a network that ends in a linear layer, on the CPU",
     "optim": "The optimizer: fused_step.SGD, on the CPU",
     "sweep": "How a step grows, on the CPU",
     "gpu": "On a GPU",

@@ -30,7 +30,7 @@ def put_into(text: str, by_kind: Mapping[str, dict]) -> str:
 
 
 def section(by_kind: Mapping[str, dict]) -> str:
-    """What stands between the marks, from the results of cpu, loss and optim."""
+    """What stands between the marks, from the results of cpu, loss, head and optim."""
     cpu = by_kind["cpu"]
     lines = [
         *_paragraph(
@@ -48,6 +48,14 @@ def section(by_kind: Mapping[str, dict]) -> str:
         words = [f"{_ratio(case, 'eager')} at {case['title']}" for case in cases]
         torchs = "`linear_mse_loss` against `F.mse_loss(F.linear(...))`"
         lines += ["", *_paragraph(f"{torchs}: {', '.join(words)}.")]
+    if "head" in by_kind:
+        cases = by_kind["head"]["cases"]
+        words = [
+            f"{_ratio(case, 'eager')}, {_ratio(case, 'compiled')} at {case['title']}"
+            for case in cases
+        ]
+        what = "`TrainStep` on networks, against eager and eager with model and loss compiled"
+        lines += ["", *_paragraph(f"{what}: {'; '.join(words)}.")]
     if "optim" in by_kind:
         words = [
             f"{_ratio(case, 'fused')}, {_ratio(case, 'foreach')}, {_ratio(case, 'forloop')} "
@@ -57,7 +65,7 @@ def section(by_kind: Mapping[str, dict]) -> str:
         torchs = "`fused_step.SGD` against torch's fused, foreach and for-loop"
         lines += ["", *_paragraph(f"{torchs}: {'; '.join(words)}.")]
     lines += ["", "Where it falls short:", ""]
-    for kind in ("cpu", "loss", "optim"):
+    for kind in ("cpu", "loss", "head", "optim"):
         if kind in by_kind:
             for words in _falls_short(by_kind[kind]):
                 lines += _paragraph(f"- {words}", subsequent_indent="  ")
