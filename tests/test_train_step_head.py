@@ -285,6 +285,28 @@ def test_body_thawed_between_two_steps_is_trained():
     assert not torch.equal(model[0].weight, net(FEATURES["frozen body"]())[0].weight)
 
 
+def test_last_layer_replaced_behind_a_frozen_body_has_its_own_plan(monkeypatch):
+    layers = [nn.Linear(I, O) for _ in range(2)]
+    others = copy.deepcopy(layers)
+    model, other = nn.Sequential(nn.Flatten(), layers[0]), nn.Sequential(nn.Flatten(), others[0])
+    ours, theirs = (torch.optim.SGD(m.parameters(), lr=0.05) for m in (model, other))
+    step = fused_step.TrainStep(model, nn.MSELoss(), ours)
+    x, t = batch()
+    backward, calls = Tensor.backward, []
+    monkeypatch.setattr(Tensor, "backward", lambda loss: (calls.append(1), backward(loss)))
+    for number in (0, 0, 1, 1, 0):
+        for m, of, optimizer in ((model, layers, ours), (other, others, theirs)):
+            m[1] = of[number]
+            optimizer.param_groups[0]["params"] = list(m.parameters())
+        torch.testing.assert_close(
+            step(x, t), plain_step(other, nn.MSELoss(), theirs, x, t), **CLOSE
+        )
+        assert step.plan == "head"
+    assert len(calls) == 5  # the plain loop's
+    for mine, its in zip(layers, others, strict=True):
+        assert_same(mine, its, **CLOSE)
+
+
 # --- what a body may give and do ------------------------------------------------------------------
 
 
