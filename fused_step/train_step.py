@@ -138,34 +138,43 @@ class TrainStep:
     def _loop_step(self, input: Tensor, target: Tensor) -> Tensor:
         """The five lines, with what of them can be fused."""
         self._loop_plan = "optimizer" if self._has_fused_update() else "plain"
-        loss, is_done = self._loss(input, target)
-        if not is_done:
-            loss.backward()  # type: ignore[no-untyped-call]  # without annotations
-            self._step_and_zero_grad()
-        return loss.detach()
-
-    def _loss(self, input: Tensor, target: Tensor) -> tuple[Tensor, bool]:
-        """The loss, and whether the rest of the step has been done with it."""
+        modules = None if self._loss_function is None else self._head.modules()
+        if modules is not None:
+            return self._step_by_modules(modules, input, target)
+        loss: Tensor
         if self._loss_function is None:
-            return self._model(input, target), False
-        modules = self._head.modules()
-        if modules is None:
+            loss = self._model(input, target)
+        else:
             output = self._model(input)
-            return self._loss_function(output, target), False
-        # What nn.Sequential does, but for the last layer.
+            loss = self._loss_function(output, target)
+        return self._last_lines(loss)
+
+    def _step_by_modules(
+        self, modules: tuple[nn.Module, ...], input: Tensor, target: Tensor
+    ) -> Tensor:
+        """The same for a model that calls these modules one after the other, a linear one last."""
         *body, linear = modules
         hidden: Any = input
         for module in body:
             hidden = module(hidden)
         loss = self._head.step(hidden, target)
-        is_done = loss is not None
-        if loss is None:
-            loss = self._head.loss(hidden, target)
-        if loss is None:
+        if loss is not None:  # the rest of the step was done with it
+            self._loop_plan = "head"
+            return loss
+        made = self._head.gradients(hidden, target)
+        if made is None:
             output = linear(hidden)
-            return self._loss_function(output, target), False
+            return self._last_lines(self._loss_function(output, target))  # type: ignore[misc]
         self._loop_plan = "head"
-        return loss, is_done
+        loss, tensors, gradients = made
+        torch.autograd.backward(tensors, gradients)
+        self._step_and_zero_grad()
+        return loss
+
+    def _last_lines(self, loss: Tensor) -> Tensor:
+        loss.backward()  # type: ignore[no-untyped-call]  # without annotations
+        self._step_and_zero_grad()
+        return loss.detach()
 
     def _step_and_zero_grad(self) -> None:
         """The last two lines, by door 3 where it has them; it leaves to torch what it cannot do."""

@@ -62,6 +62,19 @@ at::Tensor sgd_cuda(const SgdCudaStep& step, SgdCudaMemory& memory) {
   return memory->step(step);
 }
 
+LinearMseResult linear_mse_gradients(const at::Tensor& input, const at::Tensor& weight,
+                                     const std::optional<at::Tensor>& bias,
+                                     const at::Tensor& target, std::string_view reduction,
+                                     bool need_dinput, bool need_dweight, bool need_dbias,
+                                     bool need_residual) {
+  if (weight.is_cuda()) {
+    return linear_mse_gradients_cuda(input, weight, bias, target, reduction, need_dinput,
+                                     need_dweight, need_dbias, need_residual);
+  }
+  return linear_mse_gradients_cpu(input, weight, bias, target, reduction, need_dinput, need_dweight,
+                                  need_dbias, need_residual);
+}
+
 const char* plan_name(const LinearSgdState& state, const at::Tensor& input, int64_t B) {
   if (state.weight.is_cuda()) return cuda_plan_name(state, input.scalar_type(), B);
   return cpu_plan_name(plan_for(state, B));
@@ -95,6 +108,15 @@ bool is_captured(c10::Device /*device*/) { return false; }
 
 at::Tensor sgd_cuda(const SgdCudaStep& /*step*/, SgdCudaMemory& /*memory*/) {
   TORCH_INTERNAL_ASSERT(false, "is_served() allows no CUDA tensor in this build");
+}
+
+LinearMseResult linear_mse_gradients(const at::Tensor& input, const at::Tensor& weight,
+                                     const std::optional<at::Tensor>& bias,
+                                     const at::Tensor& target, std::string_view reduction,
+                                     bool need_dinput, bool need_dweight, bool need_dbias,
+                                     bool need_residual) {
+  return linear_mse_gradients_cpu(input, weight, bias, target, reduction, need_dinput, need_dweight,
+                                  need_dbias, need_residual);
 }
 
 const char* plan_name(const LinearSgdState& state, const at::Tensor& /*input*/, int64_t B) {

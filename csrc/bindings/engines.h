@@ -11,6 +11,7 @@
 #include <string>
 
 #include "bindings/device_scratch.h"
+#include "bindings/linear_mse.h"
 #include "bindings/linear_mse_passes.h"
 #include "bindings/linear_mse_sgd.h"
 #include "bindings/sgd_items.h"
@@ -40,6 +41,9 @@ using SgdCudaMemory = std::shared_ptr<SgdCuda>;
 // Enqueues the step for the items on CUDA, of which there are some. The norm of all gradients where
 // the step asks for it, else undefined.
 at::Tensor sgd_cuda(const SgdCudaStep& step, SgdCudaMemory& memory);
+
+// linear_mse.h's linear_mse_gradients_*, by the engine of the weight's device.
+LinearMseSignature linear_mse_gradients;
 
 // The plan for B rows of `input`, and why no deeper one: empty for the deepest.
 const char* plan_name(const LinearSgdState& state, const at::Tensor& input, int64_t B);

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT
 #include "bindings/head_step.h"
 
+#include <ATen/core/LegacyTypeDispatch.h>
 #include <pybind11/cast.h>
 #include <pybind11/gil_simple.h>
 
@@ -18,7 +19,7 @@ namespace py = pybind11;
 
 namespace {
 
-// What linear_mse_loss reads: an ordinary tensor with all of its memory, where the weight is.
+// What the engines read: an ordinary tensor with all of its memory, where the weight is.
 bool check_operand(const char* name, PyObject* object, const at::Tensor& weight, Verdict& v) {
   const auto against = [&](bool holds, const char* what) {
     return holds && v.against(std::string(name) + what);
@@ -85,6 +86,10 @@ bool HeadStep::check(PyObject* hidden, PyObject* target, Verdict& v) {
       (hidden != nullptr && !check_operand("the last layer's input", hidden, weight, v))) {
     return false;
   }
+  if (is_tensor(target) &&
+      v.against(tensor_of(target).requires_grad(), "target needs a gradient")) {
+    return false;
+  }
   if (v.against(weight.dim() != 2, "weight is not [O, I]")) return false;
   const bool has_bias = model.bias != nullptr;
   if (v.against(has_bias && (tensor_of(model.bias).dim() != 1 ||
@@ -125,21 +130,39 @@ py::object HeadStep::step(py::handle hidden, py::handle target) {
   return layer_->step(hidden, target);
 }
 
-py::object HeadStep::loss(py::handle hidden, py::handle target) {
+py::object HeadStep::gradients(py::handle hidden, py::handle target) {
   Verdict verdict(nullptr);
   if (!read(verdict) || !check(hidden.ptr(), target.ptr(), verdict)) return py::none();
   const LinearModel& model = reading_.model;
   // Held: without the GIL another thread may take them out of the model.
-  const at::Tensor weight = tensor_of(model.weight);
+  const auto weight_object = py::reinterpret_borrow<py::object>(model.weight);
+  const auto bias_object = py::reinterpret_borrow<py::object>(model.bias);
+  const at::Tensor &input = tensor_of(hidden.ptr()), &weight = tensor_of(model.weight);
   std::optional<at::Tensor> bias;
   if (model.bias != nullptr) bias = tensor_of(model.bias);
-  at::Tensor loss;
+  const bool of_input = input.requires_grad(), of_weight = weight.requires_grad(),
+             of_bias = bias.has_value() && bias->requires_grad();
+  if (!of_input && !of_weight && !of_bias) return py::none();  // backward() has an error for that
+  LinearMseResult result;
   {
     const py::gil_scoped_release_simple no_gil;
-    loss = linear_mse_loss_autograd(tensor_of(hidden.ptr()), weight, bias, tensor_of(target.ptr()),
-                                    model.reduction == Reduction::kMean ? "mean" : "sum");
+    const at::AutoDispatchBelowADInplaceOrView below;
+    result = linear_mse_gradients(input, weight, bias, tensor_of(target.ptr()),
+                                  model.reduction == Reduction::kMean ? "mean" : "sum", of_input,
+                                  of_weight, of_bias, /*need_residual=*/false);
   }
-  return py::reinterpret_steal<py::object>(to_python(std::move(loss)));
+  auto& [loss, dinput, dweight, dbias, residual] = result;
+  py::list tensors, grads;
+  const auto add = [&](bool needed, py::handle object, at::Tensor& grad) {
+    if (!needed) return;
+    tensors.append(object);
+    grads.append(py::reinterpret_steal<py::object>(to_python(std::move(grad))));
+  };
+  add(of_bias, bias_object, dbias);
+  add(of_weight, weight_object, dweight);
+  add(of_input, hidden, dinput);
+  return py::make_tuple(py::reinterpret_steal<py::object>(to_python(std::move(loss))), tensors,
+                        grads);
 }
 
 std::pair<bool, std::vector<std::string>> HeadStep::explain(py::handle input, py::handle target) {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
 // Door 1 for a model that ends in a linear layer under a squared error: finds out at each call
-// whether that layer and the loss may be made by linear_mse_loss, and makes them.
+// whether that layer, the loss and their gradients may be made at once, and makes them.
 #pragma once
 
 #include <Python.h>
@@ -31,8 +31,9 @@ class HeadStep {
   // of that layer, if `hidden` needs no gradient; None, and nothing changed, where that is not so.
   pybind11::object step(pybind11::handle hidden, pybind11::handle target);
 
-  // The loss of the last layer, with its derivative; None where it is not fused.
-  pybind11::object loss(pybind11::handle hidden, pybind11::handle target);
+  // (loss, tensors, their gradients): of those among the last layer's parameters and `hidden` that
+  // need one, in the order in which autograd comes to them; None where the head is not fused.
+  pybind11::object gradients(pybind11::handle hidden, pybind11::handle target);
 
   // Whether the head of step(input, target) would be fused, as far as can be told without what the
   // modules before the last layer give; and why not.

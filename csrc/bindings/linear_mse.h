@@ -35,6 +35,11 @@ using LinearMseSignature = LinearMseResult(const at::Tensor& input, const at::Te
 LinearMseSignature linear_mse_cpu;
 LinearMseSignature linear_mse_cuda;  // builds with CUDA only
 
+// The same where dL/dloss is known to be 1: the gradients have their factor 2 * s_l, and nobody
+// needs the residual.
+LinearMseSignature linear_mse_gradients_cpu;
+LinearMseSignature linear_mse_gradients_cuda;  // builds with CUDA only
+
 // The loss with its derivative: fused_step::linear_mse_loss where something may require grad.
 at::Tensor linear_mse_loss_autograd(const at::Tensor& input, const at::Tensor& weight,
                                     const std::optional<at::Tensor>& bias, const at::Tensor& target,

@@ -31,6 +31,7 @@ struct Batch {
   at::Tensor dbias;     // [O]
   at::Tensor residual;  // [B, O]
   Reduction reduction = Reduction::kMean;
+  double dy_scale = 1.0;  // of the gradients and the residual
 
   int64_t B() const { return x.size(0); }
   int64_t I() const { return weight.size(1); }
@@ -68,8 +69,8 @@ void one_pass(const Batch& b) {
   Workspace workspace;
   const cpu::PartialSums<T> partial =
       reserve_partials<T>(workspace, cut.count, O, I, b.dweight.defined());
-  one_pass_sums<T>({rows_of<T>(b.x, b.target), read<T>(b.weight), read<T>(b.bias), I, O,
-                    /*dy_scale=*/1.0, partial, written<T>(b.dx)},
+  one_pass_sums<T>({rows_of<T>(b.x, b.target), read<T>(b.weight), read<T>(b.bias), I, O, b.dy_scale,
+                    partial, written<T>(b.dx)},
                    cut);
   sum_dweight(b, partial.dweight, cut.count);
   finish_sums<T>(b, partial.dbias, partial.loss, cut.count);
@@ -85,7 +86,7 @@ void gemm(Batch& b) {
   at::Tensor r = b.residual.defined() ? b.residual : at::empty({B, O}, b.weight.options());
   at::mm_out(r, b.x, b.weight.t());
   residual_sums<T>({written<T>(r), read<T>(b.target), b.target.stride(0), read<T>(b.bias), B, O,
-                    /*dy_scale=*/1.0, sums.dbias, sums.loss},
+                    b.dy_scale, sums.dbias, sums.loss},
                    cut);
   if (b.dweight.defined()) at::mm_out(b.dweight, r.t(), b.x);
   if (b.dx.defined()) at::mm_out(b.dx, r, b.weight);
@@ -101,7 +102,7 @@ WidenedBatch<X, P> widened(const Batch& b) {
           read<P>(b.weight),
           read<P>(b.bias),
           {b.B(), b.I(), b.O()},
-          /*dy_scale=*/1.0,
+          b.dy_scale,
           written<cpu::Unscaled<X>>(b.dx),
           written<cpu::Unscaled<P>>(b.residual)};
 }
@@ -136,12 +137,10 @@ void compute(Batch& b) {
   }
 }
 
-}  // namespace
-
-LinearMseResult linear_mse_cpu(const at::Tensor& input, const at::Tensor& weight,
-                               const std::optional<at::Tensor>& bias, const at::Tensor& target,
-                               std::string_view reduction, bool need_dinput, bool need_dweight,
-                               bool need_dbias, bool need_residual) {
+LinearMseResult evaluate(const at::Tensor& input, const at::Tensor& weight,
+                         const std::optional<at::Tensor>& bias, const at::Tensor& target,
+                         std::string_view reduction, bool need_dinput, bool need_dweight,
+                         bool need_dbias, bool need_residual, bool has_factor) {
   check_reduction(reduction);
   check_linear_mse(input, weight, bias, target);
   check_linear_mse_memory(input, weight, bias, target);
@@ -158,6 +157,8 @@ LinearMseResult linear_mse_cpu(const at::Tensor& input, const at::Tensor& weight
   if (bias.has_value()) b.bias = bias->contiguous();
   b.target = as_rows(target, O);
   b.reduction = reduction == "mean" ? Reduction::kMean : Reduction::kSum;
+  // Of no rows it is infinite, and multiplies nothing.
+  if (has_factor) b.dy_scale = mse_dy_scale(b.reduction, b.B(), b.O());
   b.loss = at::empty({}, options);
   if (need_dinput && !none) b.dx = at::empty({b.B(), I}, of_x);
   if (need_dweight && !none) b.dweight = at::empty({O, I}, of_sums);
@@ -176,6 +177,25 @@ LinearMseResult linear_mse_cpu(const at::Tensor& input, const at::Tensor& weight
   if (!need_residual) b.residual = at::Tensor();
   return {loss, result(b.dx, input.sizes(), of_x), result(b.dweight, weight.sizes(), of_sums),
           result(b.dbias, {O}, of_sums), result(b.residual, target.sizes(), of_residual)};
+}
+
+}  // namespace
+
+LinearMseResult linear_mse_cpu(const at::Tensor& input, const at::Tensor& weight,
+                               const std::optional<at::Tensor>& bias, const at::Tensor& target,
+                               std::string_view reduction, bool need_dinput, bool need_dweight,
+                               bool need_dbias, bool need_residual) {
+  return evaluate(input, weight, bias, target, reduction, need_dinput, need_dweight, need_dbias,
+                  need_residual, /*has_factor=*/false);
+}
+
+LinearMseResult linear_mse_gradients_cpu(const at::Tensor& input, const at::Tensor& weight,
+                                         const std::optional<at::Tensor>& bias,
+                                         const at::Tensor& target, std::string_view reduction,
+                                         bool need_dinput, bool need_dweight, bool need_dbias,
+                                         bool need_residual) {
+  return evaluate(input, weight, bias, target, reduction, need_dinput, need_dweight, need_dbias,
+                  need_residual, /*has_factor=*/true);
 }
 
 }  // namespace fused_step

@@ -12,6 +12,7 @@
 #include "bindings/dtypes.h"
 #include "bindings/linear_mse.h"
 #include "bindings/linear_mse_passes.h"
+#include "core/mse_math.h"
 #include "cuda/launch.h"
 #include "cuda/policy.h"
 
@@ -157,6 +158,23 @@ LinearMseResult linear_mse_cuda(const at::Tensor& input, const at::Tensor& weigh
   if (!need_residual) b.residual = at::Tensor();
   return {loss, result(b.dx, input.sizes(), of_x), result(b.dweight, weight.sizes(), of_sums),
           result(b.dbias, {O}, of_sums), result(b.residual, target.sizes(), of_residual)};
+}
+
+LinearMseResult linear_mse_gradients_cuda(const at::Tensor& input, const at::Tensor& weight,
+                                          const std::optional<at::Tensor>& bias,
+                                          const at::Tensor& target, std::string_view reduction,
+                                          bool need_dinput, bool need_dweight, bool need_dbias,
+                                          bool need_residual) {
+  LinearMseResult result = linear_mse_cuda(input, weight, bias, target, reduction, need_dinput,
+                                           need_dweight, need_dbias, need_residual);
+  if (target.numel() == 0) return result;  // zeros, whatever the factor (2 / 0) may be
+  const int64_t O = weight.size(0);
+  const Reduction kind = reduction == "mean" ? Reduction::kMean : Reduction::kSum;
+  const double factor = mse_dy_scale(kind, target.numel() / O, O);
+  for (at::Tensor* t : {&std::get<1>(result), &std::get<2>(result), &std::get<3>(result)}) {
+    t->mul_(factor);
+  }
+  return result;
 }
 
 }  // namespace fused_step
