@@ -5,6 +5,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 PYTEST_ARGS ?=
+# Processes that share the tests; 0: none but pytest's own.
+PYTEST_JOBS ?= auto
 BENCH_ARGS ?=
 # Without those that compile for each case.
 QUICK := eager,hand,numpy,step,step_again,run,floor_call,floor_read,floor_gemm
@@ -35,7 +37,7 @@ demo: $(VENV)/.demo build  ## train a linear model on real data, plain and fused
 	$(BIN)/python examples/diabetes.py
 
 test: $(VENV)/.test build  ## run the test suite (PYTEST_ARGS="-k name" for a part of it)
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(PYTEST_JOBS) --maxprocesses 8 --dist worksteal $(PYTEST_ARGS)
 
 lint: $(VENV)/.lint  ## check style and types: ruff, clang-format, mypy
 	$(BIN)/ruff check .

@@ -16,6 +16,8 @@ from fused_step._stock import is_stock_sgd, is_stock_sgd_step
 from fused_step.modules import LinearMSELoss
 from fused_step.optim import GRAD_TO_NONE, SGD
 
+_IS_COMPILED = _C.serves(torch.device("cpu"))
+
 LossFunction = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -189,7 +191,7 @@ class TrainStep:
             optimizer.zero_grad()
 
     def _has_fused_update(self) -> bool:
-        return self._is_ours() or is_stock_sgd(self._optimizer)
+        return self._is_ours() or (_IS_COMPILED and is_stock_sgd(self._optimizer))
 
     def _is_ours(self) -> bool:
         """Whether the optimizer is a fused_step.SGD as it was made."""

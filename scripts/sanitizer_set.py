@@ -50,7 +50,15 @@ def train(
 ) -> tuple[str | None, list[Tensor]]:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, foreach=False, fused=False, **options)
     step = fused_step.TrainStep(model, nn.MSELoss(), optimizer)
-    one = step if fused else step._plain_step
+
+    def five_lines(x: Tensor, t: Tensor) -> Tensor:
+        loss = F.mse_loss(model(x), t)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.detach()
+
+    one = step if fused else five_lines
     losses = [one(x, t) for _ in range(3)]
     return step.plan, [*losses, *(p.detach() for p in model.parameters())]
 

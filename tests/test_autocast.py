@@ -360,7 +360,7 @@ def test_step_without_autocasts_cache_is_fused_and_equals_the_plain_loop(
 
 
 @each_half
-def test_step_with_autocasts_cache_is_plain_and_says_why(half):
+def test_step_with_autocasts_cache_is_not_fused_and_says_why(half):
     problem = Problem.random(37, 13, 3)
     objects, twin = problem.build(), problem.build()
     step = fused_step.TrainStep(*objects)
@@ -368,7 +368,7 @@ def test_step_with_autocasts_cache_is_plain_and_says_why(half):
         assert "cache_enabled=True" in step.explain(problem.input, problem.target)
         for _ in range(3):
             ours = step(problem.input, problem.target)
-            assert step.plan == "plain"
+            assert step.plan == "optimizer"
     with torch.autocast("cpu", dtype=half):
         for _ in range(3):
             theirs = plain_step(*twin, problem.input, problem.target)
@@ -377,13 +377,13 @@ def test_step_with_autocasts_cache_is_plain_and_says_why(half):
 
 
 @each_half
-def test_step_of_a_16_bit_model_under_autocast_is_plain_and_says_why(half):
+def test_step_of_a_16_bit_model_under_autocast_is_not_fused_and_says_why(half):
     problem = Problem.random(37, 13, 3, dtype=half)
     step = fused_step.TrainStep(*problem.build())
     with torch.autocast("cpu", dtype=half, cache_enabled=False):
         assert "not float32" in step.explain(problem.input, problem.target)
         assert step(problem.input, problem.target).dtype == torch.float32
-        assert step.plan == "plain"
+        assert step.plan == "optimizer"
 
 
 def test_step_in_float64_under_autocast_has_the_bits_of_no_autocast():

@@ -265,7 +265,7 @@ def test_cause_lowers_the_plan_with_the_result_of_the_plain_loop(change, reason)
     assert reason in step.explain(problem.input, problem.target)
     for _ in range(2):
         ours = step(problem.input, problem.target)
-        assert step.plan == "plain"
+        assert step.plan == "optimizer"
         expected = head_step(plain_head, plain_optimizer, problem.input, problem.target)
         assert torch.equal(ours, expected)
     assert torch.equal(head.linear.weight, plain_head.linear.weight)

@@ -411,14 +411,14 @@ def test_run_of_any_other_model_is_the_plain_loop(batch_size, shuffle):
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
-def test_hook_during_a_run_makes_it_plain_and_is_called_at_every_batch():
+def test_hook_during_a_run_lowers_the_plan_and_is_called_at_every_batch():
     problem = slow(Problem.random(101, 13, 3, options=MOMENTUM))
     model, loss_function, optimizer = problem.build()
     step = fused_step.TrainStep(model, loss_function, optimizer)
     sizes = []
     model.register_forward_pre_hook(lambda module, args: sizes.append(args[0].shape[0]))
     losses = step.run(problem.input, problem.target, epochs=2, batch_size=40)
-    assert step.plan == "plain"
+    assert step.plan == "optimizer"
     assert sizes == [40, 40, 21] * 2
     expected = train(problem, "plain", epochs=2, batch_size=40)
     assert torch.equal(losses, torch.stack(expected.losses))
@@ -540,7 +540,7 @@ def test_progress_shows_a_bar_that_ends_at_the_last_step(capsys, fused):
     model, loss_function, optimizer = problem.build()
     step = fused_step.TrainStep(model, loss_function if fused else nn.L1Loss(), optimizer)
     losses = step.run(problem.input, problem.target, epochs=5, batch_size=25, progress=True)
-    assert step.plan in (ONE_PASS if fused else ("plain",))
+    assert step.plan in (ONE_PASS if fused else ("optimizer",))
     captured = capsys.readouterr()
     assert captured.out == ""
     assert "25/25" in captured.err
@@ -786,16 +786,15 @@ def test_infinite_row_leaves_infinity_and_nan_where_the_loop_does(in_features):
     targets = torch.zeros(3, 1)
 
     def trained(run: bool) -> list[torch.Tensor]:
-        model = torch.nn.Linear(in_features, 1, bias=False)
+        model, loss_function = torch.nn.Linear(in_features, 1, bias=False), torch.nn.MSELoss()
         torch.nn.init.constant_(model.weight, 0.5)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        step = fused_step.TrainStep(model, torch.nn.MSELoss(), optimizer)
         if run:
+            step = fused_step.TrainStep(model, loss_function, optimizer)
             losses = step.run(inputs, targets, batch_size=1)
             assert step.plan in ONE_PASS
         else:
-            rows = zip(inputs.split(1), targets.split(1), strict=True)
-            losses = torch.stack([step._plain_step(*row) for row in rows])
+            losses = plain_run(model, loss_function, optimizer, inputs, targets, batch_size=1)
         return [losses, model.weight.detach()]
 
     for fused, plain in zip(trained(run=True), trained(run=False), strict=True):

@@ -27,7 +27,7 @@ import fused_step
 KINDS = {
     "one-pass": (2000, 16, 1, nn.MSELoss(), ONE_PASS),
     "gemm": (300, 32, 64, nn.MSELoss(), GEMM),
-    "plain": (2000, 16, 1, nn.L1Loss(), ("plain",)),
+    "optimizer": (2000, 16, 1, nn.L1Loss(), ("optimizer",)),
 }
 # For steps of some 10 µs: far more than run() can make before the signal.
 FOREVER = 10**7
@@ -139,7 +139,7 @@ def test_sigterm_ends_the_process_at_once():
             stdout=subprocess.PIPE,
             text=True,
         )
-        for plan, loss in (("one-pass", "MSELoss"), ("plain", "L1Loss"))
+        for plan, loss in (("one-pass", "MSELoss"), ("optimizer", "L1Loss"))
     }
     try:
         for plan, process in processes.items():

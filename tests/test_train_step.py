@@ -310,7 +310,7 @@ def test_keywords_of_a_partial_loss_changed_in_place_count_at_the_next_step():
     loss_function.keywords["reduction"] = "none"
     with pytest.raises(RuntimeError, match="scalar outputs"):
         step(problem.input, problem.target)
-    assert step.plan == "plain"
+    assert step.plan == "optimizer"
 
 
 @each_plan

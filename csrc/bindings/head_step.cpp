@@ -71,7 +71,7 @@ bool HeadStep::read(Verdict& v) {
   return has_layer && has_loss;
 }
 
-bool HeadStep::check(PyObject* hidden, PyObject* target, Verdict& v) {
+bool HeadStep::check(PyObject* hidden, PyObject* target, Verdict& v) const {
   const LinearModel& model = reading_.model;
   const at::Tensor& weight = tensor_of(model.weight);
   if (v.against(!is_served(weight.device()),
@@ -123,11 +123,11 @@ py::object HeadStep::step(py::handle hidden, py::handle target) {
     return py::none();
   }
   // Another layer at the same address is read anew by LinearStep itself.
-  if (reading_.model.linear != layer_of_) {
-    layer_of_ = reading_.model.linear;
-    layer_.emplace(layer_of_, loss_function_, optimizer_);
-  }
-  return layer_->step(hidden, target);
+  PyObject* const linear = reading_.model.linear;
+  const bool is_known = layer_.has_value() && layer_of_ == linear;
+  layer_of_ = linear;
+  LinearStep& layer = is_known ? *layer_ : layer_.emplace(linear, loss_function_, optimizer_);
+  return layer.step(hidden, target);
 }
 
 py::object HeadStep::gradients(py::handle hidden, py::handle target) {

@@ -47,7 +47,7 @@ class HeadStep {
   };
 
   bool read(Verdict& verdict);
-  bool check(PyObject* hidden, PyObject* target, Verdict& verdict);
+  bool check(PyObject* hidden, PyObject* target, Verdict& verdict) const;
 
   pybind11::handle model_, loss_function_, optimizer_;
   Watch watch_;  // over what reading_ came from

@@ -134,13 +134,10 @@ bool read_last_layer(PyObject* model, Verdict& v, Watch& watch, LinearModel& rea
       v.against(true, "a Sequential is empty");
       return false;
     }
-    Py_ssize_t position = 0;
-    PyObject* module = nullptr;
-    for (Py_ssize_t left = PyDict_GET_SIZE(modules); left > 0; --left) {
-      PyDict_Next(modules, &position, nullptr, &module);
-      if (left > 1) body.push_back(module);
+    Py_ssize_t position = 0, left = PyDict_GET_SIZE(modules);
+    while (PyDict_Next(modules, &position, nullptr, &last) != 0) {
+      if (--left > 0) body.push_back(last);
     }
-    last = module;
   }
   if (Py_TYPE(last) != o.linear.type) {
     v.against(std::string("the model does not end in nn.Linear itself but in ") +
