@@ -128,8 +128,8 @@ elif [[ -z $gpu ]]; then
     for name in benchmark "benchmark of the optimizer"; do not_run "$name" "there is no GPU"; done
 else
     stage suite 200 "${pytest[@]}" "--junitxml=$out/suite.xml" --device=cuda \
-        tests/test_cuda.py tests/test_train_step.py tests/test_train_step_resume.py \
-        tests/test_train_step_schedulers.py tests/test_run.py tests/test_op_linear_mse_sgd.py \
+        tests/test_cuda.py tests/test_train_step.py tests/test_train_step_head.py \
+        tests/test_train_step_resume.py tests/test_train_step_schedulers.py tests/test_run.py tests/test_op_linear_mse_sgd.py \
         tests/test_linear_mse_loss.py tests/test_linear_mse_loss_autograd.py \
         tests/test_linear_mse_loss_module.py tests/test_linear_mse_loss_coverage.py \
         tests/test_preconditions.py tests/test_sgd_cuda.py tests/test_sgd.py \
