@@ -13,6 +13,7 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 _STEP = getattr(SGD.step, "__wrapped__", SGD.step) if hasattr(SGD.step, "hooked") else SGD.step
 _HOOK_CODE = Optimizer.profile_hook_step(_STEP).__code__
 _KNOWN_STEPS = [_STEP]
+_ZERO_GRAD = SGD.zero_grad
 # Attributes of an instance that stand in front of the class' or ask for a scaled step.
 _REPLACED = ("zero_grad", "_init_group", "grad_scale", "found_inf")
 
@@ -20,9 +21,6 @@ _REPLACED = ("zero_grad", "_init_group", "grad_scale", "found_inf")
 def add_step(step: Callable[..., Any]) -> None:
     """Makes fused_step.SGD.step known, which is made after the extension is loaded."""
     _KNOWN_STEPS.append(step)
-
-
-_ZERO_GRAD = SGD.zero_grad
 
 
 def is_stock_sgd_step(step: Any) -> bool:
