@@ -106,6 +106,21 @@ def assert_same(model: nn.Module, other: nn.Module, **tolerance: float) -> None:
 CLOSE = {"rtol": 1e-5, "atol": 1e-6}
 
 
+def assert_head_trains_alike(pair, x: Tensor, t: Tensor, steps: int = 3, loss_function=None):
+    """Some steps of one of the twins by TrainStep, of the other by the five lines."""
+    model, ours, other, theirs = pair
+    loss_function = loss_function or nn.MSELoss()
+    step = fused_step.TrainStep(model, loss_function, ours)
+    for number in range(steps):
+        torch.manual_seed(number)
+        loss = step(x, t)
+        assert step.plan == "head"
+        torch.manual_seed(number)
+        expected = plain_step(other, loss_function, theirs, x, t)
+        torch.testing.assert_close(loss, expected, equal_nan=True, **CLOSE)
+    assert_same(model, other, **CLOSE)
+
+
 # --- what it computes -----------------------------------------------------------------------------
 
 
@@ -166,19 +181,8 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_network_trains_like_the_plain_loop(optimizer, body):
     torch.manual_seed(0)
-    models = twins(net(BODIES[body]()), OPTIMIZERS[optimizer])
-    model, ours, other, theirs = models
-    loss_function = nn.MSELoss(reduction="mean")
-    step = fused_step.TrainStep(model, loss_function, ours)
-    x, t = batch()
-    assert step.explain(x, t).startswith("plan: head\n")
-    for number in range(5):
-        torch.manual_seed(number)
-        loss = step(x, t)
-        assert step.plan == "head"
-        torch.manual_seed(number)
-        torch.testing.assert_close(loss, plain_step(other, loss_function, theirs, x, t), **CLOSE)
-    assert_same(model, other, **CLOSE)
+    pair = twins(net(BODIES[body]()), OPTIMIZERS[optimizer])
+    assert_head_trains_alike(pair, *batch(), steps=5)
 
 
 @pytest.mark.parametrize("optimizer", ["SGD", "fused SGD", "AdamW"])
@@ -199,12 +203,8 @@ def test_run_is_the_loop_of_steps(optimizer):
 
 @pytest.mark.parametrize("loss_function", [F.mse_loss, functools.partial(F.mse_loss)])
 def test_losses_that_are_functions(loss_function):
-    model, ours, other, theirs = twins(net(BODIES["layer"]()), OPTIMIZERS["AdamW"])
-    step = fused_step.TrainStep(model, loss_function, ours)
-    x, t = batch()
-    torch.testing.assert_close(step(x, t), plain_step(other, loss_function, theirs, x, t), **CLOSE)
-    assert step.plan == "head"
-    assert_same(model, other, **CLOSE)
+    pair = twins(net(BODIES["layer"]()), OPTIMIZERS["AdamW"])
+    assert_head_trains_alike(pair, *batch(), loss_function=loss_function)
 
 
 def test_leading_dimensions_are_rows():
@@ -258,16 +258,10 @@ def test_layer_whose_input_needs_no_gradient_has_its_own_plan(
 
 
 def test_frozen_body_in_the_optimizer_stays_as_it_is():
-    model, ours, other, theirs = twins(net(FEATURES["frozen body"]()), OPTIMIZERS["SGD"])
-    step = fused_step.TrainStep(model, nn.MSELoss(), ours)
-    x, t = batch()
-    before = copy.deepcopy(model[0])
-    for _ in range(3):
-        step(x, t)
-        assert step.plan == "head"
-        plain_step(other, nn.MSELoss(), theirs, x, t)
-    assert_same(model[0], before)
-    assert_same(model, other, **CLOSE)
+    pair = twins(net(FEATURES["frozen body"]()), OPTIMIZERS["SGD"])
+    before = copy.deepcopy(pair[0][0])
+    assert_head_trains_alike(pair, *batch())
+    assert_same(pair[0][0], before)
 
 
 def test_body_thawed_between_two_steps_is_trained():
@@ -406,13 +400,7 @@ def test_hooks_of_the_body_run():
             lambda module, grad_input, grad_output: (grad_input[0] / 2,)
         )
         m[0].weight.register_hook(lambda grad: grad * 3)
-    step = fused_step.TrainStep(model, nn.MSELoss(), ours)
-    x, t = batch()
-    for _ in range(3):
-        step(x, t)
-        assert step.plan == "head"
-        plain_step(other, nn.MSELoss(), theirs, x, t)
-    assert_same(model, other, **CLOSE)
+    assert_head_trains_alike((model, ours, other, theirs), *batch())
 
 
 # --- how a model may be put together --------------------------------------------------------------
@@ -422,29 +410,14 @@ def test_sequentials_inside_of_the_last_place_are_looked_through():
     torch.manual_seed(0)
     inner = nn.Sequential(nn.ReLU(), nn.Linear(HIDDEN, O))
     nested = nn.Sequential(nn.Linear(I, HIDDEN), nn.Sequential(nn.Tanh(), inner))
-    model, ours, other, theirs = twins(nested, OPTIMIZERS["SGD"])
-    step = fused_step.TrainStep(model, nn.MSELoss(), ours)
-    x, t = batch()
-    for _ in range(3):
-        step(x, t)
-        assert step.plan == "head"
-        plain_step(other, nn.MSELoss(), theirs, x, t)
-    assert_same(model, other, **CLOSE)
+    assert_head_trains_alike(twins(nested, OPTIMIZERS["SGD"]), *batch())
 
 
 def test_layer_that_is_used_twice():
     torch.manual_seed(0)
     layer = nn.Linear(I, I)
-    model, ours, other, theirs = twins(
-        nn.Sequential(layer, nn.Tanh(), layer), OPTIMIZERS["fused SGD"]
-    )
-    step = fused_step.TrainStep(model, nn.MSELoss(), ours)
-    x, t = torch.randn(B, I), torch.randn(B, I)
-    for _ in range(3):
-        step(x, t)
-        assert step.plan == "head"
-        plain_step(other, nn.MSELoss(), theirs, x, t)
-    assert_same(model, other, **CLOSE)
+    pair = twins(nn.Sequential(layer, nn.Tanh(), layer), OPTIMIZERS["fused SGD"])
+    assert_head_trains_alike(pair, torch.randn(B, I), torch.randn(B, I))
 
 
 def test_model_that_changes_between_two_steps():
@@ -489,12 +462,7 @@ def test_gradients_that_are_there_are_added_to():
     for m in (model, other):
         for number, p in enumerate(m.parameters()):
             p.grad = torch.full_like(p, 0.1 * number)
-    x, t = batch()
-    step = fused_step.TrainStep(model, nn.MSELoss(), ours)
-    step(x, t)
-    assert step.plan == "head"
-    plain_step(other, nn.MSELoss(), theirs, x, t)
-    assert_same(model, other, **CLOSE)
+    assert_head_trains_alike((model, ours, other, theirs), *batch(), steps=1)
 
 
 def test_input_that_needs_a_gradient_gets_it():
