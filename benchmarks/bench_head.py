@@ -54,7 +54,7 @@ BENCHMARK = driver.Benchmark(
     contestants=contestants,
     subject="step",
     again="step_again",
-    full=Protocol(case_seconds=12.0, budget_seconds=80.0),
+    full=Protocol(case_seconds=12.0, budget_seconds=60.0),
 )
 
 if __name__ == "__main__":
