@@ -12,7 +12,7 @@ BENCH_ARGS ?=
 QUICK := eager,hand,numpy,step,step_again,run,floor_call,floor_read,floor_gemm
 # A second environment, whose torch has CUDA.
 CUDA_VENV ?= .venv-cuda
-CUDA_TREE := build/cuda
+CUDA_TREE := build/cuda-tree
 SANITIZE_TREE := build/sanitize
 # Cases of the fuzzer, the seed that they follow from (default: the clock), and processes.
 FUZZ_CASES ?= 1000000

@@ -71,3 +71,15 @@ ptxas info    : Compile time = 44.1 ms
     assert report.rows_of(log) == [
         report.Row(90, "one_pass_rows<BFloat16,f,8,4,1,2>", 164, 16464, 24)
     ]
+
+
+def test_no_other_target_writes_where_the_report_is():
+    """`make cuda-build` once copied its tree over it, and the tests above were always skipped."""
+    places = dict(
+        line.replace("?=", ":=").replace(" ", "").split(":=", 1)
+        for makefile in ("Makefile", "tests/cuda/Makefile")
+        for line in (ROOT / makefile).read_text().splitlines()
+        if line.startswith(("CUDA_TREE :=", "SANITIZE_TREE :=", "BUILD ?="))
+    )
+    assert places.keys() == {"CUDA_TREE", "SANITIZE_TREE", "BUILD"}
+    assert len(set(places.values())) == 3
