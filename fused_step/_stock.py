@@ -49,10 +49,15 @@ def is_stock_sgd(optimizer: Optimizer) -> bool:
         and is_stock_sgd_step(own.get("step", _STEP))
         and own.keys().isdisjoint(_REPLACED)
         and optimizer.defaults["differentiable"] is False
-        and not (
-            optimizer._optimizer_step_pre_hooks
-            or optimizer._optimizer_step_post_hooks
-            or _global_optimizer_pre_hooks
-            or _global_optimizer_post_hooks
-        )
+        and not has_step_hooks(optimizer)
+    )
+
+
+def has_step_hooks(optimizer: Optimizer) -> bool:
+    """Whether a step of `optimizer` runs hooks, its own or those of all optimizers."""
+    return bool(
+        optimizer._optimizer_step_pre_hooks
+        or optimizer._optimizer_step_post_hooks
+        or _global_optimizer_pre_hooks
+        or _global_optimizer_post_hooks
     )

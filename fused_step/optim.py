@@ -12,8 +12,6 @@ from torch._compile import _disable_dynamo
 from torch.optim.optimizer import (
     Optimizer,
     ParamsT,
-    _global_optimizer_post_hooks,
-    _global_optimizer_pre_hooks,
     _use_grad_for_differentiable,
 )
 from torch.optim.sgd import sgd
@@ -158,7 +156,7 @@ class SGD(torch.optim.SGD):
             What `closure` returned; None without one.
         """
         if torch.compiler.is_compiling():
-            if self._has_step_hooks():
+            if _stock.has_step_hooks(self):
                 loss = _uncompiled_step_with_hooks(self, closure)
             else:
                 loss = self._compiled_step(closure)
@@ -180,14 +178,6 @@ class SGD(torch.optim.SGD):
     # So that torch does not wrap it: _step_with_hooks does the same, where it is needed. The
     # wrapper takes 23 of the 74 µs of a small step of torch.optim.SGD.
     step.hooked = True  # type: ignore[attr-defined]
-
-    def _has_step_hooks(self) -> bool:
-        return bool(
-            self._optimizer_step_pre_hooks
-            or self._optimizer_step_post_hooks
-            or _global_optimizer_pre_hooks
-            or _global_optimizer_post_hooks
-        )
 
     @_use_grad_for_differentiable
     def _compiled_step(self, closure: Callable[[], Any] | None) -> Any:

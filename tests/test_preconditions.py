@@ -1607,6 +1607,7 @@ def equal(a: Any, b: Any, is_close: bool = False) -> bool:
         if is_close:
             # A float64 buffer holds gradients of float32.
             eps = max(torch.finfo(a.dtype).eps, torch.finfo(torch.float32).eps)
+            # Of values of order one: sums of 40 terms in two orders, some 8 roundings in each.
             tolerance = 16 * eps
             return torch.allclose(a, b, rtol=tolerance, atol=tolerance, equal_nan=True)
         return bool(((a == b) | ((a != a) & (b != b))).all())
