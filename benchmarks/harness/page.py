@@ -85,7 +85,10 @@ def _pictures(result: dict) -> dict[str, str]:
     kind = result["kind"]
     if curves.has_curves(result):
         return {kind: "time against size, and the roofline"}
-    made = {kind: "times and the roofline", f"{kind}-speedup": "times as long as fused_step takes"}
+    made = {
+        kind: "times, and the roofline where its floors were measured",
+        f"{kind}-speedup": "times as long as fused_step takes",
+    }
     if pictures.has_memory(result):
         made[f"{kind}-memory"] = "memory"
     return made
