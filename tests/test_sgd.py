@@ -309,19 +309,24 @@ def test_step_works_on_whatever_grad_mode():
         twins.check()
 
 
-def test_every_written_tensor_has_a_new_version():
-    weight, loose = Parameter(torch.ones(5)), Parameter(torch.ones(5))
-    optimizer = fused_step.SGD([weight, loose], **MOMENTUM)
+@pytest.mark.parametrize("count", (1, 600))  # of the latter, threads see to a part each
+def test_every_written_tensor_has_a_new_version(count):
+    weights = [Parameter(torch.ones(5)) for _ in range(count)]
+    loose = Parameter(torch.ones(5))
+    optimizer = fused_step.SGD([*weights, loose], **MOMENTUM)
     for _ in range(2):
-        weight.grad = torch.ones(5)
-        versions = weight._version, loose._version
+        for weight in weights:
+            weight.grad = torch.ones(5)
+        before = [p._version for p in (*weights, loose)]
         optimizer.step()
-        assert weight._version > versions[0]
-        assert loose._version == versions[1]
-        buf = momentum_of(optimizer, weight)
-        version = buf._version
+        assert [p._version for p in (*weights, loose)] == [
+            *(v + 1 for v in before[:-1]),
+            before[-1],
+        ]
+        bufs = [momentum_of(optimizer, weight) for weight in weights]
+        before = [buf._version for buf in bufs]
         optimizer.step()
-        assert buf._version > version
+        assert [buf._version for buf in bufs] == [v + 1 for v in before]
 
 
 def test_a_stale_backward_is_an_error():

@@ -22,6 +22,8 @@ from fused_step._extension import _C
 
 # More than the step looks ahead.
 SHAPES = ((4, 6), (4, 6), 33, (3, 1, 2), (4, 6), *((k,) for k in range(1, 8)))
+# Twice as many, and those of SHAPES, are looked at by two threads.
+MANY = 300
 CHANGED = 1  # the index of the parameter that something happens to
 FIRST = 0  # where PyTorch raises; later ones would leave those before them updated
 Change = Callable[[Optimizer, list[Parameter]], None]
@@ -63,6 +65,25 @@ def data_of_another_shape(optimizer, params):
 def data_of_another_shape_than_the_gradient(optimizer, params):
     """PyTorch raises."""
     params[FIRST].data = params[FIRST].data.view(6, 4)
+
+
+def data_copies_on_write(optimizer, params):
+    """The memory that it was copied from must stay as it is."""
+    source = params[CHANGED].data
+    params[CHANGED].data = torch._lazy_clone(source)
+    params.append(Parameter(source))
+
+
+def all_data_copies_on_write(optimizer, params):
+    """All of one shape from one."""
+    sources: dict[torch.Size, Tensor] = {}
+    for p in optimizer.param_groups[0]["params"]:
+        p.data = torch._lazy_clone(sources.setdefault(p.shape, p.data.clone()))
+    params += map(Parameter, sources.values())
+
+
+def grad_copies_on_write(optimizer, params):
+    params[CHANGED].grad = torch._lazy_clone(params[CHANGED].grad)
 
 
 def data_shared(optimizer, params):
@@ -157,7 +178,9 @@ def momentum_changed(optimizer, params):
 def parameter_exchanged(optimizer, params):
     new = Parameter(torch.full_like(params[CHANGED].data, 2.0))
     new.grad = params[CHANGED].grad
-    optimizer.param_groups[0]["params"][CHANGED] = params[CHANGED] = new
+    in_group = optimizer.param_groups[0]["params"]
+    place = next(k for k, p in enumerate(in_group) if p is params[CHANGED])
+    in_group[place] = params[CHANGED] = new
 
 
 def order_exchanged(optimizer, params):
@@ -178,6 +201,9 @@ CHANGES: tuple[Change, ...] = (
     data_of_another_shape,
     data_of_another_shape_than_the_gradient,
     data_shared,
+    data_copies_on_write,
+    all_data_copies_on_write,
+    grad_copies_on_write,
     grad_gone,
     first_grad_gone,
     last_grad_gone,
@@ -269,6 +295,30 @@ def test_what_has_changed_is_seen_in_16_bit(change, momentum_dtype, dtype, new_g
         train(fused_step.SGD(ours, **options), ours, change, new_grads),
         train(Forgetful(anew, **options), anew, change, new_grads),
     )
+
+
+@pytest.mark.cpu_only("threads of torch")
+@pytest.mark.parametrize("momentum", (0.0, 0.9))
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+@pytest.mark.parametrize("new_grads", (False, True), ids=("grads stay", "grads new"))
+@pytest.mark.parametrize("where", ("first", "last"))
+def test_what_has_changed_is_seen_among_many_parameters(where, change, momentum, new_grads):
+    torch.set_num_threads(2)
+    options = {"lr": 0.1, "momentum": momentum}
+    left, others = [], []
+    for make in (fused_step.SGD, torch_sgd):
+        changed = [in_more_memory(p) for p in random_params(*SHAPES)]
+        beside = [Parameter(p) for p in random_params(*([3, 4] * MANY), seed=1)]
+        for p, g in zip(beside, grads_like(beside, 7), strict=True):
+            p.grad = g
+        optimizer = make(changed + beside if where == "first" else beside + changed, **options)
+        left.append(train(optimizer, changed, change, new_grads))
+        others.append(beside)
+    assert_same(*left)
+    # PyTorch's loop has updated those before the one that it raises for.
+    if left[0].error is None:
+        for k, (p, q) in enumerate(zip(*others, strict=True)):
+            assert same_bits(p.detach(), q.detach()), f"beside {k}"
 
 
 def test_gradient_of_two_parameters_is_zeroed_after_both_have_used_it():

@@ -12,23 +12,16 @@ namespace fused_step {
 
 namespace {
 
-// ends[k]: elements of the items up to and with k.
-std::vector<int64_t> ends_of(const std::vector<SgdItem>& items) {
-  std::vector<int64_t> ends(items.size());
-  int64_t end = 0;
-  for (size_t k = 0; k < items.size(); ++k) ends[k] = end += items[k].slice.n;
-  return ends;
-}
-
 // Calls body(item, first, n) for the parts of items that make up elements [begin, end) of all.
 template <typename Body>
-void for_each_part(const std::vector<SgdItem>& items, const std::vector<int64_t>& ends,
-                   int64_t begin, int64_t end, const Body& body) {
-  size_t k = static_cast<size_t>(std::upper_bound(ends.begin(), ends.end(), begin) - ends.begin());
-  for (int64_t at = begin; at < end; ++k) {
-    const int64_t n = std::min(ends[k], end) - at;
+void for_each_part(const std::vector<SgdItem>& items, int64_t begin, int64_t end,
+                   const Body& body) {
+  auto item = std::upper_bound(items.begin(), items.end(), begin,
+                               [](int64_t at, const SgdItem& i) { return at < i.end; });
+  for (int64_t at = begin; at < end; ++item) {
+    const int64_t n = std::min(item->end, end) - at;
     if (n == 0) continue;
-    body(items[k], at - (ends[k] - items[k].slice.n), n);
+    body(*item, at - (item->end - item->slice.n), n);
     at += n;
   }
 }
@@ -44,16 +37,16 @@ void sgd_cpu(const std::vector<SgdItem>& items, const std::vector<cpu::SgdRule>&
   const auto update = [&](const SgdItem& item, const cpu::SgdSlice& slice) {
     kernels.update[static_cast<int>(item.storage)](slice, rules[static_cast<size_t>(item.group)]);
   };
-  int64_t total = 0;
-  for (const SgdItem& item : items) total += item.slice.n;
+  const int64_t total = elements(items);
+  const int64_t cost = total + cpu::kItemCost * static_cast<int64_t>(items.size());
   // Waking a thread for less than two grains costs what it saves.
-  if (total <= 2 * cpu::kElementwiseGrain || at::get_num_threads() == 1) {
+  if (cost <= 2 * cpu::kElementwiseGrain || at::get_num_threads() == 1) {
     for (const SgdItem& item : items) update(item, item.slice);
     return;
   }
-  const std::vector<int64_t> ends = ends_of(items);
-  at::parallel_for(0, total, cpu::kElementwiseGrain, [&](int64_t begin, int64_t end) {
-    for_each_part(items, ends, begin, end, [&](const SgdItem& item, int64_t first, int64_t n) {
+  const int64_t grain = std::max<int64_t>(1, cpu::kElementwiseGrain * total / cost);
+  at::parallel_for(0, total, grain, [&](int64_t begin, int64_t end) {
+    for_each_part(items, begin, end, [&](const SgdItem& item, int64_t first, int64_t n) {
       cpu::SgdSlice slice = item.slice;
       slice.param = advance(slice.param, first * param_bytes(item.storage));
       slice.grad = advance(slice.grad, first * param_bytes(item.storage));
@@ -66,8 +59,7 @@ void sgd_cpu(const std::vector<SgdItem>& items, const std::vector<cpu::SgdRule>&
 
 double sgd_grad_norm_cpu(const std::vector<SgdItem>& items) {
   const cpu::SgdKernels& kernels = cpu::sgd_kernels();
-  const std::vector<int64_t> ends = ends_of(items);
-  const int64_t total = ends.empty() ? 0 : ends.back();
+  const int64_t total = elements(items);
   const int64_t chunks = cpu::ceil_div(total, cpu::kElementwiseGrain);
   std::vector<double> sums(static_cast<size_t>(chunks));
   at::parallel_for(0, chunks, 1, [&](int64_t first_chunk, int64_t last_chunk) {
@@ -75,7 +67,7 @@ double sgd_grad_norm_cpu(const std::vector<SgdItem>& items) {
       const int64_t begin = c * cpu::kElementwiseGrain;
       const int64_t end = std::min(begin + cpu::kElementwiseGrain, total);
       double sum = 0.0;
-      for_each_part(items, ends, begin, end, [&](const SgdItem& item, int64_t first, int64_t n) {
+      for_each_part(items, begin, end, [&](const SgdItem& item, int64_t first, int64_t n) {
         const void* const grad = advance(item.slice.grad, first * param_bytes(item.storage));
         sum += kernels.sum_squares[static_cast<int>(item.storage)](grad, n);
       });

@@ -22,7 +22,18 @@ struct SgdItem {
   SgdStorage storage;
   c10::DeviceIndex device;  // of CUDA, or kOnCpu
   int32_t group;            // index of its rule
+  int64_t end;              // elements of the list's items up to and with this one
 };
+
+// Sets every item's `end`.
+inline void count_elements(std::vector<SgdItem>& items) {
+  int64_t end = 0;
+  for (SgdItem& item : items) item.end = end += item.slice.n;
+}
+
+inline int64_t elements(const std::vector<SgdItem>& items) {
+  return items.empty() ? 0 : items.back().end;
+}
 
 // Bytes of an element of a parameter so stored, and of its momentum buffer.
 inline int64_t param_bytes(SgdStorage storage) {
