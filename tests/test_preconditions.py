@@ -1532,6 +1532,8 @@ def outcome(world: World, step: Callable[..., Tensor], via: Callable[..., Any] |
     """What one step returned, raised and warned of."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
+        # torch.compile's, once or twice, on Python 3.13.0.
+        warnings.filterwarnings("ignore", "Guards may run slower", RuntimeWarning)
         call = functools.partial(step, world.input, world.target)
         try:
             found: Any = via(call) if via is not None else call()

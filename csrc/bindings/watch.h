@@ -16,12 +16,15 @@
 namespace fused_step {
 
 // A number that is new, and unique in the process, at each change of a dictionary. 0, which stands
-// for no version, where dictionaries have none (removed in Python 3.14).
+// for no version, where dictionaries have none (removed in Python 3.14), and in Python 3.13 for one
+// whose values lie in its object: `object.name = value` leaves its version as it is.
 inline uint64_t dict_version([[maybe_unused]] PyObject* dict) {
 #if PY_VERSION_HEX < 0x030E0000
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Wdeprecated-declarations"
-  return reinterpret_cast<PyDictObject*>(dict)->ma_version_tag;
+  const auto* const d = reinterpret_cast<PyDictObject*>(dict);
+  const bool in_object = PY_VERSION_HEX >= 0x030D0000 && d->ma_values != nullptr;
+  return in_object ? 0 : d->ma_version_tag;
 #pragma GCC diagnostic pop
 #else
   return 0;
