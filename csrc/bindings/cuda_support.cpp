@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT
 #include "bindings/cuda_support.h"
 
+#include <ATen/ops/addmm.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/mm.h>
 #include <cuda_runtime_api.h>
@@ -87,15 +88,19 @@ cuda::Scratch reserve_scratch(DeviceScratch& kept, c10::cuda::CUDAStream stream,
   return {kept.workspace.mutable_data_ptr(), written<unsigned>(kept.tickets)};
 }
 
-void gemm_into(const at::Tensor& out, const at::Tensor& a, const at::Tensor& b) {
+void gemm_into(const at::Tensor& out, const at::Tensor& a, const at::Tensor& b, double scale) {
   at::Tensor result = out;
   if (out.scalar_type() == a.scalar_type()) {
-    at::mm_out(result, a, b);
-  } else if (is_16_bit(a.scalar_type()) && out.scalar_type() == at::kFloat) {
+    // Where it is scaled, that is in the type that cuBLAS sums in. Of `result` nothing is read.
+    scale == 1.0 ? at::mm_out(result, a, b) : at::addmm_out(result, result, a, b, 0.0, scale);
+    return;
+  }
+  if (is_16_bit(a.scalar_type()) && out.scalar_type() == at::kFloat) {
     at::mm_out(result, a, b, at::kFloat);
   } else {
     result.copy_(at::mm(a, b));
   }
+  if (scale != 1.0) result.mul_(scale);
 }
 
 }  // namespace fused_step

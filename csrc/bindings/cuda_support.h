@@ -29,8 +29,8 @@ bool is_capturing(c10::cuda::CUDAStream stream);
 // that is replaced goes back to the caching allocator on the stream it was used on.
 cuda::Scratch reserve_scratch(DeviceScratch& kept, c10::cuda::CUDAStream stream, int64_t bytes);
 
-// out [M, N] = a b of a [M, K] and b [K, N] of one dtype; `out` may have another. Of 16-bit factors
-// a wider result is not rounded on its way.
-void gemm_into(const at::Tensor& out, const at::Tensor& a, const at::Tensor& b);
+// out [M, N] = scale a b of a [M, K] and b [K, N] of one dtype; `out` may have another. Of 16-bit
+// factors a wider result is not rounded on its way.
+void gemm_into(const at::Tensor& out, const at::Tensor& a, const at::Tensor& b, double scale = 1.0);
 
 }  // namespace fused_step

@@ -32,6 +32,7 @@ struct Batch {
   at::Tensor dbias;     // [O]
   at::Tensor residual;  // [B, O]
   Reduction reduction = Reduction::kMean;
+  double grad_scale = 1.0;  // of dx, dweight and dbias
 
   LinearShape shape() const { return {x.size(0), weight.size(1), weight.size(0)}; }
 };
@@ -55,6 +56,7 @@ void one_pass(const Batch& b, DeviceScratch& scratch, c10::cuda::CUDAStream stre
         {read<X>(b.x), read<P>(b.target), b.x.stride(0), b.target.stride(0)},
         shape,
         b.reduction,
+        b.grad_scale,
         read<P>(b.weight),
         read<P>(b.bias),
         written<P>(b.loss),
@@ -93,13 +95,14 @@ void gemm(Batch& b, DeviceScratch& scratch, c10::cuda::CUDAStream stream) {
                                     read<P>(bias),
                                     written<P>(loss),
                                     written<Accum<P>>(b.dbias),
+                                    b.grad_scale,
                                     reserve_scratch(scratch, stream, bytes)};
     C10_CUDA_CHECK(cuda::launch_residual(args, stream));
   });
   if (wide != dtype) b.loss.copy_(loss);
   r = r.to(dtype);
-  if (b.dweight.defined()) gemm_into(b.dweight, r.t(), x);
-  if (b.dx.defined()) gemm_into(b.dx, r, b.weight);
+  if (b.dweight.defined()) gemm_into(b.dweight, r.t(), x, b.grad_scale);
+  if (b.dx.defined()) gemm_into(b.dx, r, b.weight, b.grad_scale);
 }
 
 void compute(Batch& b, c10::cuda::CUDAStream stream) {
@@ -115,12 +118,10 @@ void compute(Batch& b, c10::cuda::CUDAStream stream) {
   by_gemm ? gemm(b, scratch, stream) : one_pass(b, scratch, stream);
 }
 
-}  // namespace
-
-LinearMseResult linear_mse_cuda(const at::Tensor& input, const at::Tensor& weight,
-                                const std::optional<at::Tensor>& bias, const at::Tensor& target,
-                                std::string_view reduction, bool need_dinput, bool need_dweight,
-                                bool need_dbias, bool need_residual) {
+LinearMseResult results(const at::Tensor& input, const at::Tensor& weight,
+                        const std::optional<at::Tensor>& bias, const at::Tensor& target,
+                        std::string_view reduction, bool need_dinput, bool need_dweight,
+                        bool need_dbias, bool need_residual, bool with_factor) {
   check_reduction(reduction);
   check_linear_mse(input, weight, bias, target);
   check_linear_mse_memory(input, weight, bias, target);
@@ -142,6 +143,7 @@ LinearMseResult linear_mse_cuda(const at::Tensor& input, const at::Tensor& weigh
   b.reduction = reduction == "mean" ? Reduction::kMean : Reduction::kSum;
   b.loss = at::empty({}, options);
   const int64_t B = b.x.size(0);
+  if (with_factor) b.grad_scale = mse_dy_scale(b.reduction, B, O);
   if (need_dinput && !none) b.dx = at::empty({B, I}, of_x);
   if (need_dweight && !none) b.dweight = at::empty({O, I}, of_sums);
   if (need_dbias && !none) b.dbias = at::empty({O}, of_sums);
@@ -160,21 +162,23 @@ LinearMseResult linear_mse_cuda(const at::Tensor& input, const at::Tensor& weigh
           result(b.dbias, {O}, of_sums), result(b.residual, target.sizes(), of_residual)};
 }
 
+}  // namespace
+
+LinearMseResult linear_mse_cuda(const at::Tensor& input, const at::Tensor& weight,
+                                const std::optional<at::Tensor>& bias, const at::Tensor& target,
+                                std::string_view reduction, bool need_dinput, bool need_dweight,
+                                bool need_dbias, bool need_residual) {
+  return results(input, weight, bias, target, reduction, need_dinput, need_dweight, need_dbias,
+                 need_residual, false);
+}
+
 LinearMseResult linear_mse_gradients_cuda(const at::Tensor& input, const at::Tensor& weight,
                                           const std::optional<at::Tensor>& bias,
                                           const at::Tensor& target, std::string_view reduction,
                                           bool need_dinput, bool need_dweight, bool need_dbias,
                                           bool need_residual) {
-  LinearMseResult result = linear_mse_cuda(input, weight, bias, target, reduction, need_dinput,
-                                           need_dweight, need_dbias, need_residual);
-  if (target.numel() == 0) return result;  // zeros, whatever the factor (2 / 0) may be
-  const int64_t O = weight.size(0);
-  const Reduction kind = reduction == "mean" ? Reduction::kMean : Reduction::kSum;
-  const double factor = mse_dy_scale(kind, target.numel() / O, O);
-  for (at::Tensor* t : {&std::get<1>(result), &std::get<2>(result), &std::get<3>(result)}) {
-    t->mul_(factor);
-  }
-  return result;
+  return results(input, weight, bias, target, reduction, need_dinput, need_dweight, need_dbias,
+                 need_residual, true);
 }
 
 }  // namespace fused_step

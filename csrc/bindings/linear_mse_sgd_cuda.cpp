@@ -160,6 +160,7 @@ void gemm_step(const LinearSgdState& state, RowTensors batch, void* loss, Device
                                     read<P>(state.bias),
                                     static_cast<P*>(loss),
                                     written<Accum<P>>(dbias),
+                                    1.0,  // update_params() applies it
                                     reserve_scratch(scratch, stream, bytes)};
     C10_CUDA_CHECK(cuda::launch_residual(args, stream));
   });

@@ -78,25 +78,25 @@ int64_t one_pass_workspace(const LinearShape& shape);  // bytes
 template <typename X, typename P>
 cudaError_t launch_one_pass_step(const OnePassStep<X, P>& args, cudaStream_t stream);
 
-// Loss and gradients in one launch, x read once. The gradients lack the factor dy_scale of
-// mse_math.h, which the backward pass applies. Null: what nobody needs.
+// Loss and gradients in one launch, x read once. Null: what nobody needs.
 template <typename X, typename P>
 struct OnePassGrad {
   Rows<X, P> batch;
   LinearShape shape;
   Reduction reduction;
-  const P* weight;    // [O, I]
-  const P* bias;      // [O] or null
-  P* loss;            // []
-  X* dx;              // [B, I] r * W
-  Accum<P>* dweight;  // [O, I] r^T x
-  Accum<P>* dbias;    // [O] sum of r over rows
+  double dy_scale;  // mse_dy_scale(), or 1 where the backward pass applies it to dx, dweight, dbias
+  const P* weight;  // [O, I]
+  const P* bias;    // [O] or null
+  P* loss;          // []
+  X* dx;            // [B, I] dy * W, where dy = dy_scale * r
+  Accum<P>* dweight;  // [O, I] dy^T x
+  Accum<P>* dbias;    // [O] sum of dy over rows
   Scratch scratch;    // bytes: one_pass_workspace
 };
 template <typename X, typename P>
 cudaError_t launch_one_pass_grad(const OnePassGrad<X, P>& args, cudaStream_t stream);
 
-// gemm plan: r = y + b - t in the place of y, with loss and the sum of r over rows.
+// gemm plan: r = y + b - t in the place of y, with loss and a multiple of the sum of r over rows.
 template <typename X, typename P>
 struct Residual {
   X* y;             // [B, O] x W^T on entry, r on return, rows adjacent
@@ -107,7 +107,8 @@ struct Residual {
   Reduction reduction;
   const P* bias;    // [O] or null
   P* loss;          // []
-  Accum<P>* dbias;  // [O] sum of r over rows, or null
+  Accum<P>* dbias;  // [O] dbias_scale * sum of r over rows, or null
+  double dbias_scale;
   Scratch scratch;
 };
 template <typename X, typename P>

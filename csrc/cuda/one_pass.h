@@ -13,9 +13,9 @@ template <typename X, typename P>
 struct OnePassArgs {
   Rows<X, P> batch;
   LinearShape shape;
-  const P* weight;    // [O, I]
-  const P* bias;      // [O] or null
-  Accum<P> dy_scale;  // 1 where the gradients lack it
+  const P* weight;  // [O, I]
+  const P* bias;    // [O] or null
+  Accum<P> dy_scale;
   double loss_scale;
   Updated<P> weight_update;
   Updated<P> bias_update;

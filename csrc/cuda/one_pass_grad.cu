@@ -13,7 +13,7 @@ cudaError_t launch_one_pass_grad(const OnePassGrad<X, P>& g, cudaStream_t stream
   a.shape = g.shape;
   a.weight = g.weight;
   a.bias = g.bias;
-  a.dy_scale = Accum<P>(1);
+  a.dy_scale = static_cast<Accum<P>>(g.dy_scale);
   a.loss_scale = mse_loss_scale(g.reduction, g.shape.B, g.shape.O);
   a.loss = g.loss;
   a.dx = g.dx;

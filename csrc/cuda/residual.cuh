@@ -75,7 +75,7 @@ __global__ void __launch_bounds__(kResidualThreads) residual_kernel(const Residu
     double sum = 0.0;
 #pragma unroll 8
     for (int64_t c = 0; c < g.chunks; ++c) sum += __ldcg(column_sums(r.scratch, r.O, c) + o);
-    r.dbias[o] = static_cast<A>(sum);
+    r.dbias[o] = static_cast<A>(sum * r.dbias_scale);
   }
   if (thread == 0) {
     double sum = 0.0;

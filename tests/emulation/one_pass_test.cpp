@@ -58,9 +58,12 @@ void test_grad(const Sizes& s) {
   const std::vector<P> weight = layer.weight.copy(), bias = layer.bias.copy();
   const Reduction reduction = pick_reduction(s.seed);
   const std::vector<Bound<P>> w = exact(layer.weight);
+  const bool has_factor = hash(s.seed, 59) % 2 == 0 && s.B * s.O > 0;
+  const double dy_scale =
+      has_factor ? static_cast<double>(2 * loss_scale(reduction, s.B, s.O)) : 1.0;
   const Gradients<P> want = reference_gradients(
       data, 0, s.B, w, layer.has_bias ? exact(layer.bias) : std::vector<Bound<P>>(),
-      Bound<P>(1.0L));
+      Bound<P>(static_cast<long double>(dy_scale)));
   const bool needs_dx = hash(s.seed, 50) % 4 != 0, needs_sums = hash(s.seed, 51) % 4 != 0;
   Memory<X> dx(s.B * s.I, hash(s.seed, 52) % 4 == 0 ? 1 : 0, hash(s.seed, 53));
   Memory<A> dweight(s.O * s.I, hash(s.seed, 54) % 2 == 0, hash(s.seed, 55));
@@ -71,6 +74,7 @@ void test_grad(const Sizes& s) {
       launch_one_pass_grad<X, P>({data.rows(),
                                   {s.B, s.I, s.O},
                                   reduction,
+                                  dy_scale,
                                   layer.weight.data(),
                                   layer.has_bias ? layer.bias.data() : nullptr,
                                   loss.data(),
@@ -93,6 +97,7 @@ void test_grad(const Sizes& s) {
         Sum<A> sum;
         for (int64_t o = 0; o < s.O; ++o) {
           sum.add(want.residual[static_cast<size_t>(b * s.O + o)] *
+                  Bound<P>(static_cast<long double>(dy_scale)) *
                   w[static_cast<size_t>(o * s.I + i)]);
         }
         const Bound<P> one = sum.total().rounded();
@@ -234,6 +239,7 @@ void test_many_rows() {
   check(launch_one_pass_grad<X, P>({{x.data(), target.data(), 4, 1},
                                     {s.B, s.I, s.O},
                                     Reduction::kSum,
+                                    1.0,
                                     weight.data(),
                                     nullptr,
                                     loss.data(),
