@@ -7,6 +7,7 @@ VENV ?= .venv
 PYTEST_ARGS ?=
 # Processes that share the tests; 0: none but pytest's own.
 PYTEST_JOBS ?= auto
+PYTEST := -m pytest -n $(PYTEST_JOBS) --maxprocesses 8 --dist worksteal
 BENCH_ARGS ?=
 # Without those that compile for each case.
 QUICK := eager,hand,numpy,step,step_again,run,floor_call,floor_read,floor_gemm
@@ -37,7 +38,7 @@ demo: $(VENV)/.demo build  ## train a linear model on real data, plain and fused
 	$(BIN)/python examples/diabetes.py
 
 test: $(VENV)/.test build  ## run the test suite (PYTEST_ARGS="-k name" for a part of it)
-	$(BIN)/python -m pytest -n $(PYTEST_JOBS) --maxprocesses 8 --dist worksteal $(PYTEST_ARGS)
+	$(BIN)/python $(PYTEST) $(PYTEST_ARGS)
 
 lint: $(VENV)/.lint  ## check style and types: ruff, clang-format, mypy
 	$(BIN)/ruff check .
@@ -99,7 +100,7 @@ cuda-build:  ## build with CUDA (no GPU needed), and run the suite in that build
 	cd $(CUDA_TREE) && FUSED_STEP_BUILD=require FUSED_STEP_CUDA=1 $(abspath $(CUDA_VENV))/bin/python -m pip install --quiet \
 		--disable-pip-version-check --no-build-isolation --no-deps -e .
 	cd $(CUDA_TREE) && $(abspath $(CUDA_VENV))/bin/python -m fused_step info
-	cd $(CUDA_TREE) && $(abspath $(CUDA_VENV))/bin/python -m pytest $(PYTEST_ARGS)
+	cd $(CUDA_TREE) && $(abspath $(CUDA_VENV))/bin/python $(PYTEST) $(PYTEST_ARGS)
 
 clean:  ## remove what was built and written, keep $(VENV)
 	rm -rf build dist demo-output .pytest_cache .ruff_cache .mypy_cache .hypothesis *.egg-info
