@@ -160,7 +160,7 @@ def test_module_of_another_torch_is_not_loaded_but_compiled_anew(install):
         ("torch", "2.11.0", "built for torch 2.11.0, not "),
         ("torch_git", "0" * 40, "torch git differ"),
         ("torch_cuda", "12.8", "built for torch cuda 12.8, not "),
-        ("python", "cpython-312-x86_64-linux-gnu", "built for python cpython-312-x86_64"),
+        ("python", "cpython-310-x86_64-linux-gnu", "built for python cpython-310-x86_64"),
         ("sources", "0" * 64, "sources differ"),
     ],
 )
