@@ -489,9 +489,8 @@ def assert_like_the_loop(
     plans = ours.plans
     is_fused = any(p in FUSED_PLANS for p in plans)
     # Door 3 computes 16-bit parameters in float32 and rounds once.
-    is_narrow = case["dtype"] in ("bfloat16", "float16") and (
-        case["optimizer"] == "fused" or "optimizer" in plans
-    )
+    has_narrow = not {case["dtype"], case["bias_dtype"]}.isdisjoint(("bfloat16", "float16"))
+    is_narrow = has_narrow and (case["optimizer"] == "fused" or "optimizer" in plans)
     kind = assert_like_plain(
         ours,
         plain,
