@@ -12,7 +12,8 @@
 namespace fused_step {
 
 // Updates every item, all on the CPU, by its group's rule. The elements of all items are one range,
-// divided among the threads; up to 64 k elements there is but the calling one.
+// divided among the threads; up to 64 k elements, kItemCost more for each item, there is but the
+// calling one.
 void sgd_cpu(const std::vector<SgdItem>& items, const std::vector<cpu::SgdRule>& rules);
 
 // The 2-norm of all gradients, summed in double in a fixed order: the same bits on any number of
