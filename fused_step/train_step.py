@@ -163,15 +163,13 @@ class TrainStep:
         if loss is not None:  # the rest of the step was done with it
             self._loop_plan = "head"
             return loss
-        made = self._head.gradients(hidden, target)
-        if made is None:
+        loss = self._head.loss(hidden, target)
+        if loss is not None:
+            self._loop_plan = "head"
+        else:
             output = linear(hidden)
-            return self._last_lines(self._loss_function(output, target))  # type: ignore[misc]
-        self._loop_plan = "head"
-        loss, tensors, gradients = made
-        torch.autograd.backward(tensors, gradients)
-        self._step_and_zero_grad()
-        return loss
+            loss = self._loss_function(output, target)  # type: ignore[misc]
+        return self._last_lines(loss)
 
     def _last_lines(self, loss: Tensor) -> Tensor:
         loss.backward()  # type: ignore[no-untyped-call]  # without annotations

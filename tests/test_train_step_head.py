@@ -25,6 +25,7 @@ from oracle import (
     plain_step,
 )
 from torch import Tensor, nn
+from torch._dynamo import compiled_autograd
 
 import fused_step
 
@@ -458,6 +459,52 @@ def test_model_that_changes_between_two_steps():
         assert step.plan in plans
         plain_step(other, nn.MSELoss(), theirs, x, t)
         assert_same(model, other, **CLOSE)
+
+
+@pytest.mark.parametrize("is_trained", [True, False], ids=["trained body", "layer alone"])
+def test_parameters_keep_the_gradients_that_were_made_and_no_copies(is_trained):
+    model = net([nn.Linear(I, HIDDEN)]) if is_trained else nn.Linear(I, O)
+    step = fused_step.TrainStep(model, nn.MSELoss(), torch.optim.Adam(model.parameters()))
+    x, y = batch()
+    step(x, y)
+    with torch.profiler.profile() as profile:
+        step(x, y)
+    assert step.plan == "head"
+    copies = [e for e in profile.events() if e.name == "aten::copy_" and e.cpu_parent is not None]
+    assert "torch::autograd::AccumulateGrad" not in {e.cpu_parent.name for e in copies}
+
+
+def test_gradient_that_nothing_clears_has_the_layout_it_has_in_the_plain_loop():
+    def of_one_element() -> tuple[nn.Module, torch.optim.Optimizer]:
+        linear = nn.Linear(I, 1)
+        linear.bias = nn.Parameter(torch.zeros(3).as_strided((1,), (0,)))
+        return linear, torch.optim.SGD([linear.weight], lr=0.1)
+
+    x, y = batch(outputs=1)
+    model, optimizer = of_one_element()
+    plain_step(model, nn.MSELoss(), optimizer, x, y)
+    ours, optimizer = of_one_element()
+    step = fused_step.TrainStep(ours, nn.MSELoss(), optimizer)
+    step(x, y)
+    assert step.plan == "head"
+    assert ours.bias.grad.stride() == model.bias.grad.stride()
+    step(x, y)  # to add to one of strides of another kind, torch warns
+
+
+# Torch's own, of an activation that it makes a fake tensor of.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+def test_compiled_autograd_takes_the_gradients_that_were_made():
+    x, y = batch()
+    model, optimizer, other, plain = twins(
+        net(BODIES["layers"]()), lambda p: torch.optim.SGD(p, lr=0.1)
+    )
+    step = fused_step.TrainStep(model, nn.MSELoss(), optimizer)
+    for _ in range(3):
+        with compiled_autograd._enable(lambda graph: graph):
+            step(x, y)
+        assert step.plan == "head"
+        plain_step(other, nn.MSELoss(), plain, x, y)
+    assert_same(model, other, **CLOSE)
 
 
 def test_gradients_that_are_there_are_added_to():

@@ -8,6 +8,7 @@
 #include "bindings/dtypes.h"
 #include "bindings/engines.h"
 #include "bindings/linear_mse.h"
+#include "bindings/made_gradients.h"
 #include "bindings/memory.h"
 #include "bindings/python_bridge.h"
 #include "bindings/python_objects.h"
@@ -130,39 +131,39 @@ py::object HeadStep::step(py::handle hidden, py::handle target) {
   return layer.step(hidden, target);
 }
 
-py::object HeadStep::gradients(py::handle hidden, py::handle target) {
+py::object HeadStep::loss(py::handle hidden, py::handle target) {
   Verdict verdict(nullptr);
   if (!read(verdict) || !check(hidden.ptr(), target.ptr(), verdict)) return py::none();
   const LinearModel& model = reading_.model;
-  // Held: without the GIL another thread may take them out of the model.
-  const auto weight_object = py::reinterpret_borrow<py::object>(model.weight);
-  const auto bias_object = py::reinterpret_borrow<py::object>(model.bias);
-  const at::Tensor &input = tensor_of(hidden.ptr()), &weight = tensor_of(model.weight);
+  // Copies: without the GIL another thread may take them out of the model.
+  const at::Tensor input = tensor_of(hidden.ptr()), weight = tensor_of(model.weight);
   std::optional<at::Tensor> bias;
   if (model.bias != nullptr) bias = tensor_of(model.bias);
   const bool of_input = input.requires_grad(), of_weight = weight.requires_grad(),
              of_bias = bias.has_value() && bias->requires_grad();
   if (!of_input && !of_weight && !of_bias) return py::none();  // backward() has an error for that
-  LinearMseResult result;
+  at::Tensor loss;
   {
     const py::gil_scoped_release_simple no_gil;
     const at::AutoDispatchBelowADInplaceOrView below;
-    result = linear_mse_gradients(input, weight, bias, tensor_of(target.ptr()),
-                                  model.reduction == Reduction::kMean ? "mean" : "sum", of_input,
-                                  of_weight, of_bias, /*need_residual=*/false);
+    LinearMseResult result = linear_mse_gradients(
+        input, weight, bias, tensor_of(target.ptr()),
+        model.reduction == Reduction::kMean ? "mean" : "sum", of_input, of_weight, of_bias,
+        /*need_residual=*/false);
+    auto& [made_loss, dinput, dweight, dbias, residual] = result;
+    loss = std::move(made_loss);
+    // In the order in which the nodes of nn.Linear come to them.
+    std::vector<at::Tensor> tensors, gradients;
+    const auto add = [&](const at::Tensor& t, at::Tensor& gradient) {
+      tensors.push_back(t);
+      gradients.push_back(std::move(gradient));
+    };
+    if (of_bias) add(*bias, dbias);
+    if (of_weight) add(weight, dweight);
+    if (of_input) add(input, dinput);
+    set_made_gradients(loss, tensors, std::move(gradients));
   }
-  auto& [loss, dinput, dweight, dbias, residual] = result;
-  py::list tensors, grads;
-  const auto add = [&](bool needed, py::handle object, at::Tensor& grad) {
-    if (!needed) return;
-    tensors.append(object);
-    grads.append(py::reinterpret_steal<py::object>(to_python(std::move(grad))));
-  };
-  add(of_bias, bias_object, dbias);
-  add(of_weight, weight_object, dweight);
-  add(of_input, hidden, dinput);
-  return py::make_tuple(py::reinterpret_steal<py::object>(to_python(std::move(loss))), tensors,
-                        grads);
+  return py::reinterpret_steal<py::object>(to_python(std::move(loss)));
 }
 
 std::pair<bool, std::vector<std::string>> HeadStep::explain(py::handle input, py::handle target) {

@@ -31,9 +31,9 @@ class HeadStep {
   // of that layer, if `hidden` needs no gradient; None, and nothing changed, where that is not so.
   pybind11::object step(pybind11::handle hidden, pybind11::handle target);
 
-  // (loss, tensors, their gradients): of those among the last layer's parameters and `hidden` that
-  // need one, in the order in which autograd comes to them; None where the head is not fused.
-  pybind11::object gradients(pybind11::handle hidden, pybind11::handle target);
+  // The loss, whose backward() has the gradients ready: of those among the last layer's parameters
+  // and `hidden` that need one. None where the head is not fused.
+  pybind11::object loss(pybind11::handle hidden, pybind11::handle target);
 
   // Whether the head of step(input, target) would be fused, as far as can be told without what the
   // modules before the last layer give; and why not.

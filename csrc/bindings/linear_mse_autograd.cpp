@@ -23,12 +23,11 @@
 #include <torch/library.h>
 
 #include <array>
-#include <memory>
 #include <mutex>
 #include <string>
-#include <type_traits>
 #include <utility>
 
+#include "bindings/autograd_node.h"
 #include "bindings/dtypes.h"
 #include "bindings/linear_mse.h"
 
@@ -191,19 +190,6 @@ class LinearMseBackward : public torch::autograd::Node {
   bool has_bias_ = false, mean_ = false, none_ = false, empty_ = false;
 };
 
-using NodePtr = std::remove_cvref_t<decltype(std::declval<const at::Tensor&>().grad_fn())>;
-
-// Older versions of torch hold nodes by std::shared_ptr. A template, so that only the branch of
-// this version is compiled.
-template <typename Pointer, typename Made = LinearMseBackward>
-auto make_node() {
-  if constexpr (std::is_same_v<Pointer, std::shared_ptr<torch::autograd::Node>>) {
-    return std::make_shared<Made>();
-  } else {
-    return c10::make_intrusive<Made>();
-  }
-}
-
 LinearMseResult call_linear_mse(const at::Tensor& input, const at::Tensor& weight,
                                 const std::optional<at::Tensor>& bias, const at::Tensor& target,
                                 std::string_view reduction, bool need_dinput, bool need_dweight,
@@ -243,7 +229,7 @@ at::Tensor linear_mse_loss_autograd(const at::Tensor& input, const at::Tensor& w
   }
   at::Tensor& loss = std::get<0>(result);
   if (record) {
-    const auto node = make_node<NodePtr>();
+    const auto node = make_node<LinearMseBackward>();
     node->set_next_edges(torch::autograd::collect_next_edges(input, weight, bias, target));
     node->save(input, weight, bias, target, reduction, result);
     torch::autograd::set_history(loss, node);

@@ -121,7 +121,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
            py::arg("loss_function"), py::arg("optimizer"))
       .def("modules", &HeadStep::modules)
       .def("step", &HeadStep::step, py::arg("hidden"), py::arg("target"))
-      .def("gradients", &HeadStep::gradients, py::arg("hidden"), py::arg("target"))
+      .def("loss", &HeadStep::loss, py::arg("hidden"), py::arg("target"))
       .def("explain", &HeadStep::explain, py::arg("input"), py::arg("target"));
 
   py::class_<SgdStep>(m, "SgdStep", py::module_local(),

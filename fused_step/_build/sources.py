@@ -19,6 +19,7 @@ CPU_SOURCES = (
     "bindings/linear_mse_sgd_cpu.cpp",
     "bindings/linear_mse_sgd_op.cpp",
     "bindings/linear_step.cpp",
+    "bindings/made_gradients.cpp",
     "bindings/module.cpp",
     "bindings/python_bridge.cpp",
     "bindings/python_objects.cpp",
