@@ -14,6 +14,7 @@ _STEP = getattr(SGD.step, "__wrapped__", SGD.step) if hasattr(SGD.step, "hooked"
 _HOOK_CODE = Optimizer.profile_hook_step(_STEP).__code__
 _KNOWN_STEPS = [_STEP]
 _ZERO_GRAD = SGD.zero_grad
+_INIT_GROUP = getattr(SGD._init_group, "_torchdynamo_orig_callable", SGD._init_group)
 # Attributes of an instance that stand in front of the class' or ask for a scaled step.
 _REPLACED = ("zero_grad", "_init_group", "grad_scale", "found_inf")
 
@@ -36,6 +37,11 @@ def is_stock_sgd_step(step: Any) -> bool:
     return any(step is known for known in _KNOWN_STEPS)
 
 
+def is_stock_init_group(init_group: Any) -> bool:
+    """Whether this is SGD's own _init_group, wrapped by torch.compile's machinery or not."""
+    return getattr(init_group, "_torchdynamo_orig_callable", init_group) is _INIT_GROUP
+
+
 def is_stock_sgd(optimizer: Optimizer) -> bool:
     """Whether `optimizer` is a torch.optim.SGD itself whose step() and zero_grad() are PyTorch's.
 
@@ -46,11 +52,17 @@ def is_stock_sgd(optimizer: Optimizer) -> bool:
         type(optimizer) is SGD
         and is_stock_sgd_step(SGD.step)
         and SGD.zero_grad is _ZERO_GRAD
+        and is_stock_init_group(SGD._init_group)
         and is_stock_sgd_step(own.get("step", _STEP))
         and own.keys().isdisjoint(_REPLACED)
         and optimizer.defaults["differentiable"] is False
         and not has_step_hooks(optimizer)
     )
+
+
+def has_stock_zero_grad(optimizer: Optimizer) -> bool:
+    """Whether zero_grad() of `optimizer` is PyTorch's."""
+    return type(optimizer).zero_grad is _ZERO_GRAD and "zero_grad" not in optimizer.__dict__
 
 
 def has_step_hooks(optimizer: Optimizer) -> bool:

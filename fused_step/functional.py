@@ -70,7 +70,7 @@ def linear_mse_loss(
         loss = _C.linear_mse_loss(input, linear_weight, linear_bias, target, reduction)
         if loss is not None:
             return loss
-    if _is_served(input, linear_weight, linear_bias, target):
+    if isinstance(reduction, str) and _is_served(input, linear_weight, linear_bias, target):
         transforms = () if torch.compiler.is_compiling() else _transforms()
         if not transforms:
             operands: _Operands | None = (input, linear_weight, linear_bias, target)
@@ -94,6 +94,11 @@ def _is_plain(t: Tensor) -> bool:
         and t.device.type in _DEVICES
         and t.layout is torch.strided
     )
+
+
+def _stands_for_tensor(t: object) -> bool:
+    """Whether `t` is no tensor, but may stand for one in PyTorch's functions, as torch.fx's do."""
+    return not isinstance(t, Tensor) and hasattr(type(t), "__torch_function__")
 
 
 def _has_engine(device: torch.device) -> bool:
@@ -158,6 +163,8 @@ def _check(
     def no(name: str, must: str, got: object) -> str:
         return f"{_NAME}: {name} must {must}, got {got}"
 
+    if any(_stands_for_tensor(t) for t in (input, weight, target, bias)):
+        return
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(no("reduction", "be 'mean', 'sum' or 'none'", repr(reduction)))
     others = {"input": input, "target": target}

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Callable
 from typing import Any
 
@@ -103,15 +104,17 @@ class SGD(torch.optim.SGD):
         max_grad_norm: float | None = None,
     ) -> None:
         _check_momentum_dtype(momentum_dtype)
-        if max_grad_norm is not None and not isinstance(max_grad_norm, int | float):
-            raise TypeError(
-                "fused_step.SGD: max_grad_norm must be a number or None, "
-                f"got {type(max_grad_norm).__qualname__}"
-            )
-        if max_grad_norm is not None and not max_grad_norm >= 0:
-            raise ValueError(
-                f"fused_step.SGD: max_grad_norm must not be negative, got {max_grad_norm}"
-            )
+        if max_grad_norm is not None:
+            if not isinstance(max_grad_norm, numbers.Real):
+                raise TypeError(
+                    "fused_step.SGD: max_grad_norm must be a number or None, "
+                    f"got {type(max_grad_norm).__qualname__}"
+                )
+            if not max_grad_norm >= 0:
+                raise ValueError(
+                    f"fused_step.SGD: max_grad_norm must be at least 0, got {max_grad_norm}"
+                )
+            max_grad_norm = float(max_grad_norm)
         if differentiable and (momentum_dtype is not None or max_grad_norm is not None):
             raise RuntimeError(
                 "fused_step.SGD: differentiable must be False with momentum_dtype or max_grad_norm"
@@ -133,9 +136,11 @@ class SGD(torch.optim.SGD):
             fused=fused,
         )
         # torch.optim.SGD has made the defaults, and the first groups by them.
-        self.defaults["momentum_dtype"] = momentum_dtype
-        for group in self.param_groups:
-            group.setdefault("momentum_dtype", momentum_dtype)
+        # Only where it is asked for: a checkpoint of torch.optim.SGD has no such key.
+        if momentum_dtype is not None:
+            self.defaults["momentum_dtype"] = momentum_dtype
+            for group in self.param_groups:
+                group.setdefault("momentum_dtype", momentum_dtype)
 
     def step(
         self,
@@ -292,8 +297,6 @@ class SGD(torch.optim.SGD):
             if isinstance(buf, _Uncast):
                 entry["momentum_buffer"] = buf.tensor.to(device=param.device, dtype=torch.float32)
         super().__setstate__(state)  # type: ignore[no-untyped-call]  # without annotations
-        for group in self.param_groups:
-            group.setdefault("momentum_dtype", None)
 
     @_disable_dynamo
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -324,9 +327,10 @@ def _keep_from_torch(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[s
     groups = []
     state = dict(state_dict["state"])
     for saved, group in zip(state_dict["param_groups"], optimizer.param_groups, strict=False):
-        saved = {"momentum_dtype": group["momentum_dtype"], **saved}
+        if "momentum_dtype" in group:
+            saved = {"momentum_dtype": group["momentum_dtype"], **saved}
         groups.append(saved)
-        if saved["momentum_dtype"] is None:
+        if saved.get("momentum_dtype") is None:
             continue
         for key, param in zip(saved["params"], group["params"], strict=False):
             entry = state.get(key)

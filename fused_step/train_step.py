@@ -12,8 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fused_step._extension import _C
-from fused_step._stock import is_stock_sgd, is_stock_sgd_step
-from fused_step.modules import LinearMSELoss
+from fused_step._stock import has_stock_zero_grad, is_stock_sgd, is_stock_sgd_step
 from fused_step.optim import GRAD_TO_NONE, SGD
 
 _IS_COMPILED = _C.serves(torch.device("cpu"))
@@ -34,8 +33,8 @@ class TrainStep:
 
     Args:
         model: any ``nn.Module``.
-        loss_function: ``loss_function(output, target)`` returning a 0-dim tensor. None for a
-            :class:`fused_step.LinearMSELoss`, whose ``model(input, target)`` is the loss.
+        loss_function: ``loss_function(output, target)`` returning a 0-dim tensor. None for a model
+            whose ``model(input, target)`` is the loss, as :class:`fused_step.LinearMSELoss` is.
         optimizer: an optimizer over the model's parameters.
 
     Raises:
@@ -52,10 +51,10 @@ class TrainStep:
             raise TypeError(
                 f"TrainStep: model must be an nn.Module, got {type(model).__qualname__}"
             )
-        if loss_function is None and not isinstance(model, LinearMSELoss):
+        if loss_function is None and type(model) in (nn.Linear, nn.Sequential):
             raise TypeError(
-                "TrainStep: loss_function may be None for a LinearMSELoss only, "
-                f"got None for {type(model).__qualname__}"
+                "TrainStep: loss_function may be None for a model that takes the target and gives "
+                f"the loss, got None for {type(model).__qualname__}"
             )
         if loss_function is not None and not callable(loss_function):
             raise TypeError(
@@ -66,6 +65,14 @@ class TrainStep:
                 "TrainStep: optimizer must be a torch.optim.Optimizer, "
                 f"got {type(optimizer).__qualname__}"
             )
+        self._make_engines(model, loss_function, optimizer)
+
+    def _make_engines(
+        self,
+        model: nn.Module,
+        loss_function: LossFunction | None,
+        optimizer: torch.optim.Optimizer,
+    ) -> None:
         self._model = model
         self._loss_function = loss_function
         self._optimizer = optimizer
@@ -74,6 +81,23 @@ class TrainStep:
         self._head = _C.HeadStep(model, loss_function, optimizer)
         self._update = _C.SgdStep().step
         self._loop_plan: str | None = None  # of the last call that was no one fused step
+
+    # For copies and pickles: the engines are made anew, and no step has been made by them.
+    def __getstate__(self) -> tuple[nn.Module, LossFunction | None, torch.optim.Optimizer]:
+        return self._model, self._loss_function, self._optimizer
+
+    def __setstate__(
+        self, state: tuple[nn.Module, LossFunction | None, torch.optim.Optimizer]
+    ) -> None:
+        self._make_engines(*state)
+
+    def __repr__(self) -> str:
+        loss = self._loss_function
+        name = getattr(loss, "__name__", None) or repr(loss)
+        return (
+            f"TrainStep(model={type(self._model).__name__}, loss_function={name}, "
+            f"optimizer={type(self._optimizer).__name__})"
+        )
 
     @property
     def model(self) -> nn.Module:
@@ -189,15 +213,15 @@ class TrainStep:
             optimizer.zero_grad()
 
     def _has_fused_update(self) -> bool:
-        return self._is_ours() or (_IS_COMPILED and is_stock_sgd(self._optimizer))
+        return _IS_COMPILED and (self._is_ours() or is_stock_sgd(self._optimizer))
 
     def _is_ours(self) -> bool:
         """Whether the optimizer is a fused_step.SGD as it was made."""
-        own = self._optimizer.__dict__
+        optimizer = self._optimizer
         return (
-            type(self._optimizer) is SGD
-            and is_stock_sgd_step(own.get("step", SGD.step))
-            and "zero_grad" not in own
+            type(optimizer) is SGD
+            and is_stock_sgd_step(optimizer.__dict__.get("step", SGD.step))
+            and has_stock_zero_grad(optimizer)
         )
 
     def run(
@@ -228,7 +252,7 @@ class TrainStep:
 
         Raises:
             ValueError: `inputs` and `targets` differ in their rows, or a number is out of range.
-            TypeError: `inputs` or `targets` is no tensor, or a number no integer.
+            TypeError: an argument is none of that.
             ImportError: `progress` without tqdm.
         """
         for name, tensor in (("inputs", inputs), ("targets", targets)):
@@ -254,6 +278,13 @@ class TrainStep:
             raise ValueError(f"TrainStep.run: batch_size must be at least 1, got {batch_size}")
         batch_size = min(batch_size, max(n, 1))  # however large: it fits 64 bits from here on
 
+        if not isinstance(shuffle, bool):
+            raise TypeError(f"TrainStep.run: shuffle must be a bool, got {shuffle!r}")
+        if generator is not None and not isinstance(generator, torch.Generator):
+            raise TypeError(
+                "TrainStep.run: generator must be a torch.Generator or None, "
+                f"got {type(generator).__qualname__}"
+            )
         if epochs * max(math.ceil(n / batch_size), 1) >= 1 << 63:
             raise ValueError(
                 f"TrainStep.run: epochs must give fewer than 2**63 steps, got {epochs} epochs"

@@ -4,13 +4,22 @@
 # python3 with torch, nvcc, ninja and pytest; no network. A stage that fails does not stop the later
 # ones. Without a GPU it says so, builds, and runs a part of the tests on the CPU.
 #
-# Usage: scripts/gpu_check.sh OUTDIR       (PYTHON=... names another python3)
-# Writes OUTDIR/gpu_check.log, summary.json, suite.xml, and gpu.json and gpu_optim.json with their
-# tables from the benchmarks.
+# Usage: scripts/gpu_check.sh OUTDIR [all|check|bench]       (PYTHON=... names another python3)
+#   all     the default: everything, the benchmarks shortened
+#   check   build, tests and compute-sanitizer
+#   bench   build and the benchmarks in full
+# Writes OUTDIR/gpu_check.log, summary.json, and gpu.json and gpu_optim.json with their tables from the
+# benchmarks.
 # Exit status: 0 all stages passed on a GPU; 1 a stage failed; 2 there is no GPU.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-out=${1:?usage: scripts/gpu_check.sh OUTDIR}
+usage='usage: scripts/gpu_check.sh OUTDIR [all|check|bench]'
+out=${1:?$usage}
+part=${2:-all}
+[[ $part =~ ^(all|check|bench)$ ]] || {
+    echo "$usage" >&2
+    exit 64
+}
 mkdir -p "$out"
 out=$(cd "$out" && pwd)
 python=${PYTHON:-python3}
@@ -45,7 +54,8 @@ stage() {
         return 1
     fi
     say "=== $name (at most $limit s): $*"
-    timeout --kill-after=5 "$limit" "$@" >> "$log" 2>&1 < /dev/null
+    # Interrupted rather than terminated: pytest then still says which tests had failed.
+    timeout --signal=INT --kill-after=15 "$limit" "$@" >> "$log" 2>&1 < /dev/null
     rc=$?
     if ((rc == 0)); then
         record "$name" passed $((SECONDS - begin)) 0 ""
@@ -106,17 +116,22 @@ cd "$tree" || exit 1
 # Everywhere below: this tree's package, and nobody else's.
 PYTHONPATH=$PWD
 export PYTHONPATH
-pytest=("$python" -m pytest -q -o minversion=1 -p no:cacheprovider --tb=short)
-has xdist && pytest+=(-n "$((MAX_JOBS < 8 ? MAX_JOBS : 8))")
+# Other plugins than ours warn, and a warning is an error.
+pytest=("$python" -m pytest -q -o minversion=1 -p no:cacheprovider -p no:benchmark --tb=short
+    --maxfail=60)
+alone=("${pytest[@]}")
+has xdist && pytest+=(-n "$((MAX_JOBS < 8 ? MAX_JOBS : 8))" --dist worksteal)
 
 stage build "$build_limit" env FUSED_STEP_BUILD=require "$python" setup.py build_ext --inplace &&
     stage import 60 "$python" -m fused_step info
 built=$?
 
 if ((built != 0)); then
-    for name in suite memcheck racecheck benchmark "benchmark of the optimizer"; do not_run "$name" "the build failed"; done
+    for name in "suite of CUDA" suite memcheck racecheck benchmark "benchmark of the optimizer"; do
+        not_run "$name" "the build failed"
+    done
 elif [[ -z $gpu ]]; then
-    stage "suite, a part of it, on the CPU" 900 "${pytest[@]}" "--junitxml=$out/suite.xml" \
+    stage "suite, a part of it, on the CPU" 900 "${pytest[@]}" --junitxml=suite.xml \
         tests/test_info.py tests/test_op_linear_mse_sgd.py tests/test_train_step_resume.py \
         tests/test_cuda.py tests/test_sgd_cuda.py
     for name in suite memcheck racecheck; do not_run "$name" "there is no GPU"; done
@@ -126,28 +141,42 @@ elif [[ -z $gpu ]]; then
     stage "benchmark of the optimizer, rehearsed on the CPU" 300 \
         "$python" benchmarks/bench_gpu_optim.py --rehearse
     for name in benchmark "benchmark of the optimizer"; do not_run "$name" "there is no GPU"; done
-else
-    stage suite 200 "${pytest[@]}" "--junitxml=$out/suite.xml" --device=cuda \
-        tests/test_cuda.py tests/test_train_step.py tests/test_train_step_head.py \
+fi
+if ((built == 0)) && [[ -n $gpu && $part != bench ]]; then
+    # Alone on the GPU: they look at its memory and its time.
+    stage "suite of CUDA" 120 "${alone[@]}" --junitxml=cuda.xml --device=cuda \
+        tests/test_cuda.py tests/test_sgd_cuda.py
+    stage suite 200 "${pytest[@]}" --junitxml=suite.xml --device=cuda \
+        tests/test_train_step.py tests/test_train_step_head.py \
         tests/test_train_step_resume.py tests/test_train_step_schedulers.py tests/test_run.py tests/test_op_linear_mse_sgd.py \
         tests/test_linear_mse_loss.py tests/test_linear_mse_loss_autograd.py \
         tests/test_linear_mse_loss_module.py tests/test_linear_mse_loss_coverage.py \
-        tests/test_preconditions.py tests/test_sgd_cuda.py tests/test_sgd.py \
+        tests/test_preconditions.py tests/test_sgd.py \
         tests/test_sgd_scaler.py tests/test_sgd_layouts.py tests/test_sgd_state.py
     if command -v compute-sanitizer > /dev/null; then
         # Without torch's cache of memory, so that what lies beyond a tensor is nobody's; our kernels
         # alone, since torch's are many and slow to check.
         for tool in memcheck racecheck; do
             PYTORCH_NO_CUDA_MEMORY_CACHING=1 stage "$tool" 80 compute-sanitizer --tool "$tool" \
-                --kernel-name kns=fused_step --error-exitcode 9 --print-limit 20 \
+                --kernel-name kns=fused_step --report-api-errors no --error-exitcode 9 \
+                --print-limit 20 \
                 "$python" scripts/sanitizer_set.py
         done
     else
         for tool in memcheck racecheck; do not_run "$tool" "compute-sanitizer is not installed"; done
     fi
-    stage "benchmark of the optimizer" 45 \
-        "$python" benchmarks/bench_gpu_optim.py --quick --out "$out"
-    stage benchmark 150 "$python" benchmarks/bench_gpu.py --quick --out "$out"
+fi
+if ((built == 0)) && [[ -n $gpu && $part != check ]]; then
+    if [[ $part == all ]]; then
+        limits=(45 150) how=(--quick)
+    else
+        limits=(110 360) how=()
+    fi
+    stage "benchmark of the optimizer" "${limits[0]}" \
+        "$python" benchmarks/bench_gpu_optim.py "${how[@]}" --out results
+    stage benchmark "${limits[1]}" "$python" benchmarks/bench_gpu.py "${how[@]}" --out results
+    # What the pictures show is in there.
+    cp results/*.json results/*.md "$out"
 fi
 
 # --- what came of it ------------------------------------------------------------------------------
@@ -171,9 +200,9 @@ for line in (out / "stages.tsv").read_text().splitlines():
         }
     )
 suite = None
-if (out / "suite.xml").is_file():
-    root = ET.parse(out / "suite.xml").getroot()
-    cases = list(root.iter("testcase"))
+reports = [pathlib.Path(name) for name in ("cuda.xml", "suite.xml")]
+cases = [c for xml in reports if xml.is_file() for c in ET.parse(xml).getroot().iter("testcase")]
+if cases:
     failed = [c for c in cases if c.find("failure") is not None or c.find("error") is not None]
     skips = [c.find("skipped") for c in cases if c.find("skipped") is not None]
     suite = {

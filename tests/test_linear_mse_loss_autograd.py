@@ -260,6 +260,26 @@ def test_dynamic_batch_is_compiled_once(reduction):
     assert counter.frame_count == 1
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_inference_tensor_is_refused_where_the_layer_or_the_loss_refuses_it(name):
+    def outcome(function) -> str | Tensor:
+        tensors = dict(zip(NAMES, leaves(LossProblem.random(5, 4, 3, needs=HEAD)), strict=True))
+        with torch.inference_mode():
+            tensors[name] = tensors[name].detach().clone()
+        try:
+            function(*tensors.values(), "mean").backward()
+        except RuntimeError as error:
+            return str(error)
+        return tensors["weight" if name != "weight" else "bias"].grad
+
+    ours, plain = outcome(fused_loss), outcome(torch_loss)
+    assert type(ours) is type(plain), (ours, plain)
+    if isinstance(ours, Tensor):
+        torch.testing.assert_close(ours, plain)
+    else:
+        assert ours == plain
+
+
 @each_reduction
 def test_compiled_autograd_gives_the_eager_gradients(reduction):
     def by_graph(graph):

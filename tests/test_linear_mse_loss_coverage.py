@@ -279,7 +279,7 @@ def test_built_in_function_leaves_alone_what_is_no_ordinary_tensor():
         "sparse": torch.randn(3, 5).to_sparse(),
         "conjugate": torch.randn(3, 5, dtype=torch.complex64).conj(),
         "integer": torch.ones(3, 5, dtype=torch.int64),
-        "array": torch.randn(3, 5).numpy(),
+        "array": torch.randn(3, 5).cpu().numpy(),
     }
     for name, weight in strange.items():
         assert built_in(given | {"weight": weight}) is None, name

@@ -300,9 +300,49 @@ def test_other_models_need_a_loss_function():
     model = nn.Linear(5, 3)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with pytest.raises(
-        TypeError, match="may be None for a LinearMSELoss only, got None for Linear"
+        TypeError, match="a model that takes the target and gives the loss, got None for Linear"
     ):
         fused_step.TrainStep(model, None, optimizer)
+
+
+def test_model_with_a_head_is_traced_by_fx():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.head = nn.Linear(5, 4), fused_step.LinearMSELoss(4, 3)
+
+        def forward(self, input, target):
+            return self.head(self.body(input), target)
+
+    net = Net()
+    traced = torch.fx.symbolic_trace(net)
+    x, t = torch.randn(7, 5), torch.randn(7, 3)
+    torch.testing.assert_close(traced(x, t), net(x, t))
+
+
+def test_model_of_any_class_may_give_the_loss_itself():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.head = nn.Linear(5, 4), fused_step.LinearMSELoss(4, 3)
+
+        def forward(self, input, target):
+            return self.head(torch.relu(self.body(input)), target)
+
+    ours = Net()
+    theirs = copy.deepcopy(ours)
+    optimizer = torch.optim.SGD(theirs.parameters(), lr=0.1)
+    step = fused_step.TrainStep(ours, None, torch.optim.SGD(ours.parameters(), lr=0.1))
+    x, t = torch.randn(7, 5), torch.randn(7, 3)
+    for _ in range(3):
+        loss = theirs(x, t)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        assert torch.equal(step(x, t), loss.detach())
+    assert step.plan == "optimizer"
+    for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
+        assert torch.equal(p, q)
 
 
 def test_head_with_a_loss_function_is_called_as_the_five_lines_call_it():

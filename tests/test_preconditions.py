@@ -577,6 +577,28 @@ def sgd_class_zero_grad(world):
     world.optimizer.zero_grad()
 
 
+def init_group_of_signs(self, group, params, grads, momentum_buffers):
+    """Makes sign-SGD of SGD."""
+    for p in group["params"]:
+        params.append(p)
+        grads.append(p.grad.sign())
+        momentum_buffers.append(self.state[p].get("momentum_buffer"))
+    return False
+
+
+@scenario("_init_group", name="_init_group of the optimizer replaced")
+def instance_init_group(world):
+    replaced = types.MethodType(init_group_of_signs, world.optimizer)
+    with attribute(world.optimizer, "_init_group", replaced):
+        yield
+
+
+@scenario("_init_group", name="_init_group patched in class SGD")
+def class_init_group(world):
+    with attribute(torch.optim.SGD, "_init_group", init_group_of_signs):
+        yield
+
+
 @scenario("parameters")
 def optimizer_with_an_extra_parameter(world):
     extra = nn.Parameter(torch.ones(2))
@@ -706,6 +728,39 @@ def complex_learning_rate(world):
     yield
     world.optimizer.param_groups[0]["lr"] = 0.05
     world.model.zero_grad()
+
+
+@scenario("at most 60000", name="learning rate beyond the range of float32")
+def large_learning_rate(world):
+    world.optimizer.param_groups[0]["lr"] = 1e39
+    yield
+    world.optimizer.param_groups[0]["lr"] = 0.05
+    world.model.zero_grad()
+
+
+@scenario("at most 60000", name="weight decay beyond the range of float32")
+def large_weight_decay(world):
+    world.optimizer.param_groups[0]["weight_decay"] = -1e39
+    yield
+    world.optimizer.param_groups[0]["weight_decay"] = 0.0
+    world.model.zero_grad()
+
+
+@scenario("at most 60000", name="dampening beyond the range of float32")
+def large_dampening(world):
+    world.optimizer.param_groups[0]["dampening"] = 1e39
+    yield
+    world.optimizer.param_groups[0]["dampening"] = 0.0
+    world.model.zero_grad()
+
+
+@scenario("grad_dtype", name="gradients in a dtype of their own")
+def grad_dtype(world):
+    for p in world.model.parameters():
+        p.grad_dtype = torch.bfloat16
+    yield
+    for p in world.model.parameters():
+        p.grad_dtype = p.dtype
 
 
 @scenario()
@@ -1711,6 +1766,8 @@ def assert_says(reason: str, said: str) -> None:
 def skip_where_it_cannot_be(name: str) -> None:
     if DEVICE.type != "cpu" and name == "weight_of_a_distributed_tensor":
         pytest.skip("CPU only: a mesh of CPUs")
+    if DEVICE.type != "cpu" and "MKL-DNN" in name:
+        pytest.skip("CPU only: a layout of the CPU's")
 
 
 @pytest.mark.parametrize("plans", [ONE_PASS, ("head",)], ids=["one-pass", "head"])

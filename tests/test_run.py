@@ -453,7 +453,8 @@ def test_error_of_the_plain_loop_comes_out_of_run_at_its_batch():
         ({"epochs": None}, TypeError, "epochs must be an integer, got None"),
         ({"epochs": 1 << 62, "batch_size": 10}, ValueError, "epochs must give fewer than 2"),
         ({"epochs": 1 << 63}, ValueError, "epochs must give fewer than 2"),
-        ({"generator": 7, "shuffle": True}, TypeError, None),
+        ({"generator": 7}, TypeError, "generator must be a torch.Generator or None, got int"),
+        ({"shuffle": "no"}, TypeError, "shuffle must be a bool, got 'no'"),
     ],
     ids=str,
 )

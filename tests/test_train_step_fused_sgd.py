@@ -164,3 +164,35 @@ def test_a_loop_and_the_step_share_the_state():
             assert step.plan == ONE_OUTPUT
         plain_step(other, nn.MSELoss(), other_optimizer, x, t)
     torch.testing.assert_close(model.weight, other.weight)
+
+
+def test_replaced_zero_grad_of_the_class_is_called(monkeypatch):
+    called = []
+    zero_grad = torch.optim.Optimizer.zero_grad
+
+    def noted(self, set_to_none=True):
+        called.append(self)
+        zero_grad(self, set_to_none)
+
+    for owner, model in itertools.product(
+        (torch.optim.Optimizer, fused_step.SGD), (nn.Linear(4, 3), make_net())
+    ):
+        optimizer = fused_step.SGD(model.parameters(), lr=0.1)
+        step = fused_step.TrainStep(model, nn.MSELoss(), optimizer)
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, "zero_grad", noted)
+            step(torch.randn(16, 4), torch.randn(16, 3))
+        assert called.pop() is optimizer
+
+
+@pytest.mark.parametrize("make", (fused_step.SGD, torch.optim.SGD))
+@pytest.mark.parametrize("model", (nn.Linear(4, 3), make_net()), ids=("layer", "network"))
+def test_state_that_refuses_an_entry_leaves_the_parameters_as_they_were(model, make):
+    optimizer = make(model.parameters(), lr=0.1, momentum=0.9)
+    optimizer.state = {}
+    before = [p.detach().clone() for p in model.parameters()]
+    step = fused_step.TrainStep(model, nn.MSELoss(), optimizer)
+    with pytest.raises(KeyError):
+        step(torch.randn(16, 4), torch.randn(16, 3))
+    for p, old in zip(model.parameters(), before, strict=True):
+        assert torch.equal(p, old)

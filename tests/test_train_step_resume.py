@@ -22,6 +22,7 @@ from oracle import (
     scales,
     train_plain,
 )
+from torch import nn
 
 import fused_step
 
@@ -137,3 +138,49 @@ def test_loading_a_state_without_momentum_starts_it_anew(shape):
         train_plain(problem, 2, torch.float64).weight,
         scales(problem, 2)["weight"],
     )
+
+
+class WithItsStep(nn.Module):
+    """A module that has all that trains it, and itself in the step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+        self.optimizer = torch.optim.SGD(self.layer.parameters(), lr=0.1, momentum=0.9)
+        self.step = fused_step.TrainStep(self.layer, nn.MSELoss(), self.optimizer)
+        self.layer.step = self.step
+
+    def forward(self, input):
+        return self.layer(input)
+
+
+def by_pickle(module):
+    file = io.BytesIO()
+    torch.save(module, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, by_pickle])
+def test_copy_of_a_step_trains_the_copies(copied):
+    x, t = torch.randn(16, 4), torch.randn(16, 3)
+    module = WithItsStep()
+    module.step(x, t)
+    other = copied(module)
+    assert other.step.model is other.layer
+    assert other.layer.step is other.step
+    assert other.step.optimizer is other.optimizer
+    assert other.step.plan is None
+    before = module.layer.weight.detach().clone()
+    losses = [other.step(x, t) for _ in range(3)]
+    assert torch.equal(module.layer.weight, before)
+    for loss in losses:
+        assert torch.equal(module.step(x, t), loss)
+    assert torch.equal(module.layer.weight, other.layer.weight)
+
+
+def test_repr_names_model_loss_and_optimizer():
+    module = WithItsStep()
+    assert repr(module.step) == ("TrainStep(model=Linear, loss_function=MSELoss(), optimizer=SGD)")
+    step = fused_step.TrainStep(module.layer, nn.functional.mse_loss, module.optimizer)
+    assert "loss_function=mse_loss," in repr(step)

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT
 #include "bindings/cuda_support.h"
 
+#include <ATen/Context.h>
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/mm.h>
@@ -64,6 +65,8 @@ bool is_served_by_cuda(c10::Device device) {
   return known[index] == kServed;
 }
 
+void bind_to_thread(c10::Device device) { C10_CUDA_CHECK(cudaSetDevice(device.index())); }
+
 bool is_capturing(c10::cuda::CUDAStream stream) {
   cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
   C10_CUDA_CHECK(cudaStreamIsCapturing(stream, &status));
@@ -95,7 +98,10 @@ void gemm_into(const at::Tensor& out, const at::Tensor& a, const at::Tensor& b, 
     scale == 1.0 ? at::mm_out(result, a, b) : at::addmm_out(result, result, a, b, 0.0, scale);
     return;
   }
-  if (is_16_bit(a.scalar_type()) && out.scalar_type() == at::kFloat) {
+  // With sums in float16, which torch may be told to make, cuBLAS has no wider result.
+  const bool sums_in_half =
+      a.scalar_type() == at::kHalf && at::globalContext().allowFP16AccumulationCuBLAS();
+  if (is_16_bit(a.scalar_type()) && out.scalar_type() == at::kFloat && !sums_in_half) {
     at::mm_out(result, a, b, at::kFloat);
   } else {
     result.copy_(at::mm(a, b));

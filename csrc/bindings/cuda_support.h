@@ -23,6 +23,9 @@ std::vector<std::string> cuda_archs();
 // Whether one of those runs on the device. Asks the driver once for each device.
 bool is_served_by_cuda(c10::Device device);
 
+// Makes the device's context the calling thread's, as a launch does by itself.
+void bind_to_thread(c10::Device device);
+
 bool is_capturing(c10::cuda::CUDAStream stream);
 
 // `bytes` of workspace and the tickets, from `kept` where it may be used and has enough. Memory

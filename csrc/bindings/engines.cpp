@@ -53,6 +53,10 @@ bool is_served(c10::Device device) {
   return device.is_cpu() || (device.is_cuda() && is_served_by_cuda(device));
 }
 
+void prepare_thread(c10::Device device) {
+  if (device.is_cuda()) bind_to_thread(device);
+}
+
 bool is_captured(c10::Device device) {
   return device.is_cuda() && is_capturing(c10::cuda::getCurrentCUDAStream(device.index()));
 }
@@ -103,6 +107,8 @@ at::Tensor run_linear_mse_sgd(const LinearSgdState& state, const at::Tensor& inp
 #else
 
 bool is_served(c10::Device device) { return device.is_cpu(); }
+
+void prepare_thread(c10::Device /*device*/) {}
 
 bool is_captured(c10::Device /*device*/) { return false; }
 

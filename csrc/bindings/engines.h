@@ -31,6 +31,10 @@ bool is_served(c10::Device device);
 // with a negative or conjugate bit, sparse, meta, fake and functorch tensors all differ.
 bool has_plain_keys(const at::Tensor& t);
 
+// Before the first operator that a thread of autograd's runs: cuBLAS warns where it is the first on
+// its device.
+void prepare_thread(c10::Device device);
+
 // Whether the current stream of `device` is being captured into a graph.
 bool is_captured(c10::Device device);
 

@@ -7,6 +7,7 @@
 // stops a second derivative, as it must, and not the plain backward, which has no use for it.
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/clone.h>
 #include <ATen/ops/linear.h>
 #include <ATen/ops/mm.h>
 #include <ATen/ops/mul.h>
@@ -52,6 +53,12 @@ at::Tensor widened(const at::Tensor& t) { return t.to(accum_dtype(t.scalar_type(
 
 at::Tensor as_matrix(const at::Tensor& t) { return t.reshape_symint({rows_in(t), t.sym_size(-1)}); }
 
+// An inference tensor cannot be saved, which is an error where nn.Linear or MSELoss saves it, too.
+// Where they do not, and only a second derivative needs it here, a copy is.
+SavedVariable saved(const at::Tensor& t, bool plain_saves) {
+  return SavedVariable(t.is_inference() && !plain_saves ? t.clone() : t, false);
+}
+
 // From dL/dy and the operands: used where a derivative of it may be asked for, and under "none".
 struct Gradients {
   at::Tensor dy;  // [*, O]
@@ -72,11 +79,11 @@ class LinearMseBackward : public torch::autograd::Node {
             const std::optional<at::Tensor>& bias, const at::Tensor& target,
             std::string_view reduction, const LinearMseResult& result) {
     const auto& [loss, dinput, dweight, dbias, residual] = result;
-    operands_[kInput] = SavedVariable(input, false);
-    operands_[kWeight] = SavedVariable(weight, false);
-    operands_[kTarget] = SavedVariable(target, false);
+    operands_[kInput] = saved(input, should_compute_output(kWeight));
+    operands_[kWeight] = saved(weight, should_compute_output(kInput));
+    operands_[kTarget] = saved(target, true);
     has_bias_ = bias.has_value();
-    if (has_bias_) operands_[kBias] = SavedVariable(*bias, false);
+    if (has_bias_) operands_[kBias] = saved(*bias, false);
     none_ = reduction == "none";
     mean_ = reduction == "mean";
     numel_ = target.sym_numel();

@@ -130,6 +130,9 @@ double gemm_update_factor(const LinearSgdState& s, double dy_scale) {
   const SgdOptions& o = s.weight_options;
   if (o.momentum != 0.0 || o.weight_decay != 0.0 || s.weight_lr.defined()) return 0.0;
   const double factor = (o.maximize ? o.lr : -o.lr) * dy_scale;
+  // The sum of a 16-bit weight's gradient is rounded once only if it is made in one piece.
+  const int64_t I = s.weight.size(1), O = s.weight.size(0);
+  if (s.weight.element_size() == 2 && !cuda::fills_gpu(I, O)) return 0.0;
   const bool exact = s.weight.scalar_type() == at::kDouble;
   const bool in_range = std::abs(factor) >= std::numeric_limits<float>::min() &&
                         std::abs(factor) <= std::numeric_limits<float>::max();
@@ -171,7 +174,9 @@ void gemm_step(const LinearSgdState& state, RowTensors batch, void* loss, Device
   at::Tensor dweight;
   if (factor != 0.0) {
     // cuBLAS adds W in the epilogue, to the whole sum and in the type that it sums in, and rounds
-    // once: no block after block of rows is added to W, as a CPU's BLAS does (docs/plans.md).
+    // once: no block after block of rows is added to W, as a CPU's BLAS does (docs/plans.md). With
+    // fewer tiles than multiprocessors it may share the sum out, and round the shares of a 16-bit
+    // result to 16 bits: gemm_update_factor() lets it not.
     at::Tensor weight = state.weight;
     weight.addmm_(r.t(), batch.x, 1.0, factor);
   } else {
@@ -379,15 +384,33 @@ std::string why_no_deeper_on_cuda(const LinearSgdState& state, at::ScalarType in
     case Plan::kTiny:
       return "";
     case Plan::kOnePass:
-      return "tiny is one block of the GPU: the batch is too large for it, or a row too long";
+      return "tiny is one block of the GPU: the batch is too large for it, or a row too long, or "
+             "the layer has too many outputs";
     case Plan::kGemm:
       break;
   }
-  if (O > cuda::kMaxOnePassOutputs) {
-    return "one-pass serves up to " + std::to_string(cuda::kMaxOnePassOutputs) +
-           " outputs, the layer has " + std::to_string(O);
+  return "gemm";
+}
+
+std::string why_no_deeper_on_cuda(const LinearSgdState& state, at::ScalarType input_type,
+                                  int64_t B) {
+  const int64_t O = state.weight.size(0);
+  switch (plan_of(state, input_type, B)) {
+    case Plan::kTiny:
+      return "";
+    case Plan::kOnePass:
+      return "tiny is one block of the GPU: the batch is too large for it, or a row too long, or "
+             "there "
+             "are too many outputs";
+    case Plan::kGemm:
+      break;
   }
-  return "a row is too long for one-pass, or empty";
+  const int64_t most = cuda::one_pass_outputs(static_cast<int64_t>(c10::elementSize(input_type)));
+  if (O > most) {
+    return "one-pass serves up to " + std::to_string(most) + " outputs of a " +
+           toString(input_type) + " input, the layer has " + std::to_string(O);
+  }
+  return "a row is too long for one-pass, or empty, or there are too few rows to share out";
 }
 
 at::Tensor linear_mse_sgd_cuda(const LinearSgdState& state, const at::Tensor& input,

@@ -56,7 +56,7 @@ bool check_param(const char* name, PyObject* object, const at::Tensor& weight, V
   if (against(!has_its_storage(t), " has lost its storage")) return false;
   if (against(!t.requires_grad() || !t.is_leaf(), " is frozen, or no leaf")) return false;
   if (against(t.grad().defined(), ".grad is not None: gradients accumulate")) return false;
-  return !against(has_grad_hooks(object), " has gradient hooks");
+  return !against(changes_gradient(object), " has gradient hooks or a grad_dtype");
 }
 
 // The momentum buffer of a parameter, if it has one yet.
@@ -225,13 +225,20 @@ bool LinearStep::resolve(PyObject* input, PyObject* target, Verdict& v, Call& ca
          check_batch(input, target, v, call) && v.applies();
 }
 
-// The buffers of a first step, which SGD would make from the gradient.
+// The buffers of a first step, which SGD would make from the gradient. Where they belong is made
+// now: if the state refuses, nothing has changed.
 void LinearStep::make_buffers(Call& call) {
   LinearSgdState& s = call.state;
-  const auto make = [](const at::Tensor& param) { return param.new_empty(param.sizes()); };
-  if (s.weight_options.momentum != 0.0 && !s.weight_buf.defined()) s.weight_buf = make(s.weight);
+  const SgdReading& sgd = call.reading.sgd;
+  const auto make = [&](const at::Tensor& param, PyObject* object) {
+    momentum_entry(sgd.dict, object);
+    return param.new_empty(param.sizes());
+  };
+  if (s.weight_options.momentum != 0.0 && !s.weight_buf.defined()) {
+    s.weight_buf = make(s.weight, sgd.weight.object);
+  }
   if (s.bias.defined() && s.bias_options.momentum != 0.0 && !s.bias_buf.defined()) {
-    s.bias_buf = make(s.bias);
+    s.bias_buf = make(s.bias, sgd.bias.object);
   }
 }
 
@@ -269,7 +276,6 @@ py::object LinearStep::step(py::handle input, py::handle target) {
 py::object LinearStep::run(py::handle inputs, py::handle targets, int64_t epochs,
                            int64_t batch_size, bool shuffle, std::optional<at::Generator> generator,
                            const py::object& progress) {
-  plan_ = nullptr;
   Verdict verdict(nullptr);
   Call call;
   if (!resolve(inputs.ptr(), targets.ptr(), verdict, call)) return py::none();
@@ -277,6 +283,7 @@ py::object LinearStep::run(py::handle inputs, py::handle targets, int64_t epochs
   if (call.input.dim() < 2 || call.input.size(0) == 0 || epochs == 0) return py::none();
   // A replay would go through the rows in one order again and again: the plain loop says so.
   if (shuffle && is_captured(call.state.weight.device())) return py::none();
+  plan_ = nullptr;
   make_buffers(call);
 
   using Clock = std::chrono::steady_clock;

@@ -8,6 +8,7 @@
 #include <utility>
 
 #include "bindings/autograd_node.h"
+#include "bindings/engines.h"
 
 namespace fused_step {
 namespace {
@@ -36,7 +37,10 @@ class MadeGradientsBackward : public torch::autograd::Node {
     return traced;
   }
 
-  variable_list apply(variable_list&&) override { return gradients_; }
+  variable_list apply(variable_list&&) override {
+    if (!gradients_.empty()) prepare_thread(gradients_[0].device());
+    return gradients_;
+  }
 
  private:
   variable_list gradients_;

@@ -20,12 +20,23 @@ const at::Tensor& tensor_of(PyObject* object) { return THPVariable_Unpack(object
 
 PyObject* to_python(at::Tensor tensor) { return THPVariable_Wrap(std::move(tensor)); }
 
-bool has_grad_hooks(PyObject* object) {
+// Where the version of torch has it: another dtype for the gradient, or leave to have any.
+template <typename Meta>
+static bool has_grad_dtype(const Meta& meta, at::ScalarType dtype) {
+  if constexpr (requires { meta.grad_dtype_.has_value() || meta.allow_grad_dtype_mismatch_; }) {
+    return meta.grad_dtype_.value_or(dtype) != dtype || meta.allow_grad_dtype_mismatch_;
+  } else {
+    return false;
+  }
+}
+
+bool changes_gradient(PyObject* object) {
   namespace impl = torch::autograd::impl;
   const auto* python = reinterpret_cast<THPVariable*>(object);
   const at::Tensor& t = THPVariable_Unpack(object);
   const auto* const meta = impl::get_autograd_meta(t);
   if (meta == nullptr) return false;
+  if (has_grad_dtype(*meta, t.scalar_type())) return true;
   // After the last handle's remove() the empty dictionary stays.
   if (!meta->hooks_.empty() &&
       (meta->cpp_hooks_list_ != nullptr || !is_empty_dict(python->backward_hooks))) {

@@ -20,8 +20,8 @@ const at::Tensor& tensor_of(PyObject* object);
 // A new reference to the tensor's object.
 PyObject* to_python(at::Tensor tensor);
 
-// Whether accumulating the gradient of a tensor would run hooks.
-bool has_grad_hooks(PyObject* object);
+// Whether a gradient may be another one once it is accumulated: by hooks, or in a dtype of its own.
+bool changes_gradient(PyObject* object);
 
 // Whether `object` is torch.float32.
 bool is_float32(PyObject* object);

@@ -36,6 +36,7 @@ Names make_names() {
           interned("state"),
           interned("step"),
           interned("zero_grad"),
+          interned("_init_group"),
           interned("_optimizer_step_pre_hooks"),
           interned("_optimizer_step_post_hooks"),
           interned("grad_scale"),
@@ -105,7 +106,9 @@ PythonObjects import_objects() {
   o.global_module_hooks[3] = keep(module.attr("_global_backward_pre_hooks"));
   o.global_optimizer_hooks[0] = keep(optimizer.attr("_global_optimizer_pre_hooks"));
   o.global_optimizer_hooks[1] = keep(optimizer.attr("_global_optimizer_post_hooks"));
-  o.is_stock_sgd_step = keep(import_module("fused_step._stock").attr("is_stock_sgd_step"));
+  const py::object stock = import_module("fused_step._stock");
+  o.is_stock_sgd_step = keep(stock.attr("is_stock_sgd_step"));
+  o.is_stock_init_group = keep(stock.attr("is_stock_init_group"));
   return o;
 }
 

@@ -12,7 +12,8 @@ struct Names {
   PyObject *forward, *call, *call_impl, *wrapped_call_impl, *compiled_call_impl;
   PyObject *forward_hooks, *forward_pre_hooks, *backward_hooks, *backward_pre_hooks;
   PyObject *parameters, *modules, *weight, *bias, *reduction, *mean, *sum;
-  PyObject *param_groups, *state, *step, *zero_grad, *step_pre_hooks, *step_post_hooks;
+  PyObject *param_groups, *state, *step, *zero_grad, *init_group;
+  PyObject *step_pre_hooks, *step_post_hooks;
   PyObject *grad_scale, *found_inf, *opt_called, *momentum_buffer, *defaults;
   PyObject *params, *lr, *momentum, *dampening, *weight_decay, *nesterov, *maximize;
   PyObject *differentiable, *linear, *mse_loss;
@@ -34,14 +35,14 @@ struct PythonObjects {
   // fused_step.LinearMSELoss; its type is null until set_linear_mse_loss() was called.
   ModuleClass linear_mse_loss;
   PyTypeObject *sgd, *parameter, *partial;
-  PyTypeObject* fused_sgd;  // fused_step.SGD; null until set_sgd() was called
+  PyTypeObject* fused_sgd;                   // fused_step.SGD; null until set_sgd() was called
   PyObject* sgd_zero_grad;
   // torch.nn.functional's dictionary, and its functions as they were at import.
   PyObject *functional, *linear_function, *mse_loss_function;
   // Dictionaries of hooks that hold for all modules, or for all optimizers.
   PyObject *global_module_hooks[4], *global_optimizer_hooks[2];
-  // bool is_stock_sgd_step(function): see fused_step/_stock.py.
-  PyObject* is_stock_sgd_step;
+  // bool is_stock_...(function): see fused_step/_stock.py.
+  PyObject *is_stock_sgd_step, *is_stock_init_group;
 };
 
 // Imports torch's modules on first use. Needs the GIL.

@@ -3,6 +3,8 @@
 
 #include <pybind11/cast.h>
 
+#include <cmath>
+
 #include "bindings/python_bridge.h"
 #include "bindings/python_objects.h"
 
@@ -12,11 +14,17 @@ namespace py = pybind11;
 
 namespace {
 
+// What every parameter's type holds: a number that it does not hold is an error of torch's.
+bool is_in_range(double number) {
+  constexpr double kLargest = 60000.0;  // float16 ends at 65504
+  return !std::isfinite(number) || std::abs(number) <= kLargest;
+}
+
 bool read_number(PyObject* value, double& number) {
   if (value == nullptr) return false;
   if (PyFloat_Check(value)) {
     number = PyFloat_AS_DOUBLE(value);
-    return true;
+    return is_in_range(number);
   }
   if (PyLong_Check(value)) {
     number = PyLong_AsDouble(value);
@@ -24,7 +32,7 @@ bool read_number(PyObject* value, double& number) {
       PyErr_Clear();  // beyond the range of a double: the plain loop says so
       return false;
     }
-    return true;
+    return is_in_range(number);
   }
   return false;
 }
@@ -45,7 +53,7 @@ bool read_lr(PyObject* value, double& lr, PyObject*& device_lr, bool& may_be_kep
     return false;
   }
   lr = t.item().toDouble();
-  return true;
+  return is_in_range(lr);
 }
 
 bool read_flag(PyObject* value, bool& flag) {
@@ -86,12 +94,11 @@ bool read_sgd_options(PyObject* group, SgdOptions& options, PyObject*& device_lr
          read_flag(is_differentiable, differentiable) && !differentiable;
 }
 
-bool SgdReader::is_stock_step(PyObject* step, PyObject*& last_seen) {
-  if (step == last_seen) return true;
-  const py::handle is_stock(python_objects().is_stock_sgd_step);
-  if (!is_stock(py::handle(step)).cast<bool>()) return false;
-  Py_INCREF(step);
-  Py_XSETREF(last_seen, step);
+bool SgdReader::is_stock(PyObject* predicate, PyObject* function, PyObject*& last_seen) {
+  if (function == last_seen) return true;
+  if (!py::handle(predicate)(py::handle(function)).cast<bool>()) return false;
+  Py_INCREF(function);
+  Py_XSETREF(last_seen, function);
   return true;
 }
 
@@ -100,16 +107,20 @@ bool SgdReader::check_step(PyObject* optimizer, PyObject* dict, Verdict& v, Watc
   const PythonObjects& o = python_objects();
   const Names& n = o.names;
   PyTypeObject* const type = Py_TYPE(optimizer);
-  if (v.against(!is_stock_step(_PyType_Lookup(type, n.step), class_step_) ||
-                    _PyType_Lookup(type, n.zero_grad) != o.sgd_zero_grad,
-                "SGD's step or zero_grad has been replaced")) {
+  if (v.against(!is_stock(o.is_stock_sgd_step, _PyType_Lookup(type, n.step), class_step_) ||
+                    _PyType_Lookup(type, n.zero_grad) != o.sgd_zero_grad ||
+                    !is_stock(o.is_stock_init_group, _PyType_Lookup(o.sgd, n.init_group),
+                              class_init_group_),
+                "SGD's step, zero_grad or _init_group has been replaced")) {
     return false;
   }
   PyObject* const step = get_item(dict, n.step);
   reading.step_is_scheduled = step != nullptr;
-  if (v.against((step != nullptr && !is_stock_step(step, instance_step_)) ||
-                    get_item(dict, n.zero_grad) != nullptr,
-                "the optimizer's step or zero_grad has been replaced on the instance")) {
+  if (v.against((step != nullptr && !is_stock(o.is_stock_sgd_step, step, instance_step_)) ||
+                    get_item(dict, n.zero_grad) != nullptr ||
+                    get_item(dict, n.init_group) != nullptr,
+                "the optimizer's step, zero_grad or _init_group has been replaced on the "
+                "instance")) {
     return false;
   }
   // step() runs with gradients on where the defaults, not the groups, say so.
@@ -165,7 +176,8 @@ bool SgdReader::read(PyObject* optimizer, Verdict& v, Watch& watch, SgdReading& 
         !read_sgd_options(group, options, device_lr, reading.may_be_kept)) {
       v.against(true,
                 "a param group has an option that is not fused (lr, momentum, dampening and "
-                "weight_decay as numbers, lr also as a tensor of one element without grad, "
+                "weight_decay as numbers of at most 60000, lr also as a tensor of one element "
+                "without grad, "
                 "differentiable=False)");
       return false;
     }
@@ -209,12 +221,15 @@ bool SgdReader::read(PyObject* optimizer, Verdict& v, Watch& watch, SgdReading& 
   return true;
 }
 
+py::object momentum_entry(PyObject* optimizer_dict, PyObject* param) {
+  const py::handle state(get_item(optimizer_dict, python_objects().names.state));
+  return state[py::handle(param)];
+}
+
 void store_momentum_buffer(PyObject* optimizer_dict, PyObject* param, const at::Tensor& buf) {
-  const Names& n = python_objects().names;
-  // Through the defaultdict, as SGD.step does.
-  const py::object state = py::reinterpret_borrow<py::object>(get_item(optimizer_dict, n.state));
-  const py::object entry = state[py::handle(param)];
-  entry[py::handle(n.momentum_buffer)] = py::reinterpret_steal<py::object>(to_python(buf));
+  const py::object entry = momentum_entry(optimizer_dict, param);
+  entry[py::handle(python_objects().names.momentum_buffer)] =
+      py::reinterpret_steal<py::object>(to_python(buf));
 }
 
 void note_step_called(PyObject* optimizer_dict) {

@@ -5,6 +5,7 @@
 
 #include <ATen/core/Tensor.h>
 #include <Python.h>
+#include <pybind11/pytypes.h>
 
 #include "bindings/verdict.h"
 #include "bindings/watch.h"
@@ -43,13 +44,19 @@ class SgdReader {
  private:
   bool check_step(PyObject* optimizer, PyObject* dict, Verdict& verdict, Watch& watch,
                   SgdReading& reading);
-  bool is_stock_step(PyObject* step, PyObject*& last_seen);
+  // Whether predicate(function) of fused_step/_stock.py says so.
+  static bool is_stock(PyObject* predicate, PyObject* function, PyObject*& last_seen);
 
   // The functions that were found to be PyTorch's own; compared by identity at each call, and held
   // so that no other function can take the address.
   PyObject* class_step_ = nullptr;
   PyObject* instance_step_ = nullptr;
+  PyObject* class_init_group_ = nullptr;
 };
+
+// optimizer.state[param], made if it is not there, as SGD.step has it made: by the state itself,
+// which may raise.
+pybind11::object momentum_entry(PyObject* optimizer_dict, PyObject* param);
 
 // Puts a buffer that the first step has made into optimizer.state[param].
 void store_momentum_buffer(PyObject* optimizer_dict, PyObject* param, const at::Tensor& buf);

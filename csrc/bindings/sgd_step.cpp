@@ -602,13 +602,14 @@ bool SgdStep::gather(PyObject* dict, ZeroGrad zero_grad, Scaling& scaling) {
 }
 
 // The buffers of a first step, which SGD would make from the gradient, by item.
-std::vector<at::Tensor> SgdStep::make_buffers(const Scaling& scaling) {
+std::vector<at::Tensor> SgdStep::make_buffers(PyObject* dict, const Scaling& scaling) {
   std::vector<at::Tensor> bufs;
   if (!has_first_steps_) return bufs;
   bufs.resize(items_.size());
   for (size_t k = 0; k < items_.size(); ++k) {
     SgdItem& item = items_[k];
     if (!item.slice.first_step) continue;
+    momentum_entry(dict, work_[k].slot->param);  // if the state refuses, nothing has changed
     const at::Tensor& param = *work_[k].param;
     const at::TensorOptions options =
         param.options().dtype(has_float_buf(item.storage) ? at::kFloat : param.scalar_type());
@@ -713,7 +714,7 @@ void SgdStep::run(PyObject* dict, const Scaling& scaling, ZeroGrad zero_grad) {
   const GradAfter grad_after = zero_grad == ZeroGrad::kToZero ? GradAfter::kZero
                                : scaling.unscales()           ? GradAfter::kUnscaled
                                                               : GradAfter::kKept;
-  const std::vector<at::Tensor> new_bufs = make_buffers(scaling), lrs = device_lrs();
+  const std::vector<at::Tensor> new_bufs = make_buffers(dict, scaling), lrs = device_lrs();
   std::vector<Held> held;
   at::Tensor norm;
   {

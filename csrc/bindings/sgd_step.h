@@ -110,7 +110,7 @@ class SgdStep {
   bool is_for_cuda(const Slot& slot, c10::Device device, const Scaling& scaling) const;
   bool is_disjoint(bool writes_grads, const Scaling& scaling);
   bool is_on_one_device() const;
-  std::vector<at::Tensor> make_buffers(const Scaling& scaling);
+  std::vector<at::Tensor> make_buffers(PyObject* dict, const Scaling& scaling);
   std::vector<Held> hold();
   void leave_optimizer(PyObject* dict, const std::vector<at::Tensor>& new_bufs, bool wrote_grads,
                        const at::Tensor& norm);

@@ -2,6 +2,8 @@
 // Which one-pass kernel a problem takes.
 #include "cuda/one_pass.h"
 
+#include <type_traits>
+
 #include "cuda/one_pass_wide.cuh"
 #include "cuda/pairs.h"
 
@@ -21,8 +23,7 @@ cudaError_t launch_rows(const OnePassArgs<X, P>& a, cudaStream_t stream) {
   constexpr int kSlots = kVectors ? kRowsSlots : kRowsScalarSlots;
   constexpr int kRows = static_cast<int>(
       at_least(1, at_most(kSlots / kVecs, rows_sums(sizeof(Accum<P>)) / kOutputs)));
-  int lanes = 1;
-  while (lanes * kLaneColumns < a.shape.I) lanes *= 2;
+  const int lanes = lanes_of(a.shape.I, kLaneColumns);
   return launch(one_pass_rows_kernel<Tile<X, P, kV, kVecs, kOutputs, kRows>>,
                 dim3(static_cast<unsigned>(a.chunks.count)), kRowsThreads, 0, stream, a, lanes);
 }
@@ -33,16 +34,14 @@ cudaError_t launch_wide(const OnePassArgs<X, P>& a, cudaStream_t stream) {
   constexpr int kV = vector_columns<X, kVectors>(kLaneColumns), kVecs = kLaneColumns / kV;
   constexpr int kRows = static_cast<int>(at_least(1, kWideSlots / kVecs));
   using S = Tile<X, P, kV, kVecs, kOutputs, kRows>;
-  const dim3 grid(static_cast<unsigned>(a.chunks.count));
-  if constexpr (kVectors) {
-    using Feed = RingFeed<S>;
-    const auto kernel = one_pass_wide_kernel<S, Feed>;
-    const cudaError_t error = allow_shared(kernel, Feed::kSharedBytes);
-    if (error != cudaSuccess) return error;
-    return launch(kernel, grid, kWideThreads, Feed::kSharedBytes, stream, a);
-  } else {
-    return launch(one_pass_wide_kernel<S, RegisterFeed<S>>, grid, kWideThreads, 0, stream, a);
-  }
+  using Feed = std::conditional_t<kVectors, RingFeed<S>, RegisterFeed<S>>;
+  const auto kernel = one_pass_wide_kernel<S, Feed>;
+  const int threads = static_cast<int>(round_up(ceil_div(a.shape.I, kLaneColumns), kWarp));
+  const int64_t shared_bytes = Feed::shared_bytes(threads);
+  const cudaError_t error = allow_shared(kernel, shared_bytes);
+  if (error != cudaSuccess) return error;
+  return launch(kernel, dim3(static_cast<unsigned>(a.chunks.count)), threads, shared_bytes, stream,
+                a);
 }
 
 template <typename X, typename P, bool kVectors, int kOutputs>
@@ -65,16 +64,12 @@ cudaError_t launch_for_outputs(const OnePassArgs<X, P>& a, cudaStream_t stream) 
 
 template <typename X, typename P, bool kVectors>
 cudaError_t launch_for(const OnePassArgs<X, P>& a, cudaStream_t stream) {
-  switch (output_capacity(a.shape.O)) {
-    case 1:
-      return launch_for_outputs<X, P, kVectors, 1>(a, stream);
-    case 2:
-      return launch_for_outputs<X, P, kVectors, 2>(a, stream);
-    case 4:
-      return launch_for_outputs<X, P, kVectors, 4>(a, stream);
-    default:
-      return launch_for_outputs<X, P, kVectors, 8>(a, stream);
+  const int capacity = output_capacity(a.shape.O);
+  if (capacity == 1) return launch_for_outputs<X, P, kVectors, 1>(a, stream);
+  if constexpr (one_pass_outputs(sizeof(X)) > 2) {
+    if (capacity > 2) return launch_for_outputs<X, P, kVectors, 4>(a, stream);
   }
+  return launch_for_outputs<X, P, kVectors, 2>(a, stream);
 }
 
 // Whether every row of x, and of dx, begins and ends at a multiple of 16 bytes.
@@ -89,7 +84,9 @@ bool takes_vectors(const OnePassArgs<X, P>& a) {
 
 template <typename X, typename P>
 cudaError_t launch_one_pass(OnePassArgs<X, P> a, cudaStream_t stream) {
-  if (!fits_one_pass(a.shape.I, a.shape.O, sizeof(Accum<P>))) return cudaErrorInvalidValue;
+  if (!fits_one_pass(a.shape.I, a.shape.O, sizeof(X), sizeof(Accum<P>))) {
+    return cudaErrorInvalidValue;
+  }
   a.chunks = one_pass_chunks(a.shape);
   a.partial_bytes = partial_bytes(a.shape.I, a.shape.O, sizeof(Accum<P>));
   a.dweight_at = partial_dweight_at(a.shape.O);

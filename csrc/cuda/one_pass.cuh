@@ -29,14 +29,16 @@ __device__ __noinline__ void finish_one_pass(const OnePassArgs<X, P>& a) {
   // Every block has arrived, so none reads W any more: now it may be written.
   const SgdCoefficients<A> of_weight = coefficients_of(a.weight_update);
   const SgdCoefficients<A> of_bias = coefficients_of(a.bias_update);
+  // A copy: what is written might lie in the arguments, which would be read again each time.
+  const Updated<P> weight = a.weight_update;
+  A* const dweight = a.dweight;
   add_dweights(partials, 0, a.chunks.group, a.chunks.groups, [&](int k, const A(&sum)[kV]) {
+    if (weight.value != nullptr) {
+      update_elements<P, kV>(weight, of_weight, k, partials.n - k, sum);
+    } else if (dweight != nullptr) {
 #pragma unroll
-    for (int j = 0; j < kV; ++j) {
-      if (k + j >= partials.n) break;
-      if (a.weight_update.value != nullptr) {
-        update_element(a.weight_update, of_weight, k + j, sum[j]);
-      } else if (a.dweight != nullptr) {
-        a.dweight[k + j] = sum[j];
+      for (int j = 0; j < kV; ++j) {
+        if (k + j < partials.n) dweight[k + j] = sum[j];
       }
     }
   });
@@ -60,11 +62,23 @@ __device__ __forceinline__ void read_bias(const OnePassArgs<X, P>& a,
   }
 }
 
-// A block's chunk: rows [begin, end).
 template <typename X, typename P>
-__device__ __forceinline__ RowSet<X, P> chunk_rows(const OnePassArgs<X, P>& a, int64_t step) {
-  const int64_t begin = blockIdx.x * a.chunks.rows, end = begin + a.chunks.rows;
-  return {a.batch, begin, step, end < a.shape.B ? end : a.shape.B};
+__device__ __forceinline__ int rows_in_chunk(const OnePassArgs<X, P>& a) {
+  const int64_t left = a.shape.B - blockIdx.x * a.chunks.rows;
+  return static_cast<int>(left < a.chunks.rows ? left : a.chunks.rows);
+}
+
+// Of a block's chunk the rows `first`, `first` + `step`, ...
+template <typename X, typename P>
+__device__ __forceinline__ RowSet<X, P> chunk_rows(const OnePassArgs<X, P>& a, int first,
+                                                   int step) {
+  return {a.batch, blockIdx.x * a.chunks.rows + first, rows_in_chunk(a) - first, step};
+}
+
+// Where dx of a row of the chunk belongs, or null.
+template <typename X, typename P>
+__device__ __forceinline__ X* dx_of(const OnePassArgs<X, P>& a, int row) {
+  return a.dx != nullptr ? a.dx + (blockIdx.x * a.chunks.rows + row) * a.shape.I : nullptr;
 }
 
 // Reads x, target, W and bias; writes dx if it is not null and, in the last block, what the
@@ -90,18 +104,18 @@ __global__ void __launch_bounds__(kRowsThreads,
   sums.clear();
 
   // The next rows are on their way while the present ones are used.
-  RowSet<typename S::X, typename S::P> rows = chunk_rows(a, teams);
-  const int64_t per_step = static_cast<int64_t>(teams) * S::kRows;
-  const int64_t steps = (rows.end - rows.first + per_step - 1) / per_step;
-  rows.first += thread / lanes;
+  RowSet<typename S::X, typename S::P> rows = chunk_rows(a, thread / lanes, teams);
   Slice<S> next;
   read_slice<S>(rows, lane, I, O, next);
-  for (int64_t step = 0; step < steps; ++step) {
+  for (int steps = (rows_in_chunk(a) + teams * S::kRows - 1) / (teams * S::kRows); steps > 0;
+       --steps) {
     Slice<S> slice = next;
-    const RowSet<typename S::X, typename S::P> now = rows;
-    rows.first += per_step;
+    const int left = rows.left;
+    rows.template advance<S::kRows>();
     read_slice<S>(rows, lane, I, O, next);
-    add_slice<S>(slice, now, w, bias, a.dy_scale, lane, I, O, a.dx, sums);
+    add_slice<S>(
+        slice, left, teams, w, bias, a.dy_scale, lane, I, O,
+        [&](int r) { return dx_of(a, rows_in_chunk(a) - left + r * teams); }, sums);
   }
 
   leave_sums<S, kWarps>(sums, lane, warp_sums);

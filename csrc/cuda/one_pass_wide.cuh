@@ -46,8 +46,11 @@ class RingFeed {
  public:
   using X = typename S::X;
   using WordX = Word<X, S::kV>;
-  static constexpr int64_t kSharedBytes = int64_t{kWideStages} * S::kRows * S::kVecs *
-                                          kWideThreads * static_cast<int64_t>(sizeof(WordX));
+  static constexpr int kBlocks = wide_blocks(S::kOutputs, sizeof(X));
+  static constexpr int64_t shared_bytes(int threads) {
+    return int64_t{kWideStages} * S::kRows * S::kVecs * threads *
+           static_cast<int64_t>(sizeof(WordX));
+  }
 
   // Starts the first kWideStages - 1 steps on their way.
   __device__ __forceinline__ RingFeed(unsigned char* shared, const RowSet<X, typename S::P>& rows,
@@ -57,17 +60,16 @@ class RingFeed {
     for (int stage = 0; stage + 1 < kWideStages; ++stage) start();
   }
 
-  // The rows of this step, and starts those kWideStages - 1 steps further on. Between two calls
-  // must lie a barrier: the stage that is filled was read before it.
-  __device__ __forceinline__ void read(const RowSet<X, typename S::P>& now,
-                                       WordX (&x)[S::kRows][S::kVecs]) {
+  // The rows of this step, of which `left` are there, and starts those kWideStages - 1 steps
+  // further on. Between two calls must lie a barrier: the stage that is filled was read before it.
+  __device__ __forceinline__ void read(int left, WordX (&x)[S::kRows][S::kVecs]) {
     copy_async_wait<kWideStages - 2>();
 #pragma unroll
     for (int r = 0; r < S::kRows; ++r) {
 #pragma unroll
       for (int v = 0; v < S::kVecs; ++v) {
         x[r][v] = WordX{};
-        if (now.has(r) && lane_.column<S>(v) < I_) x[r][v] = *slot(reading_, r, v);
+        if (r < left && lane_.column<S>(v) < I_) x[r][v] = *slot(reading_, r, v);
       }
     }
     reading_ = after(reading_);
@@ -81,23 +83,24 @@ class RingFeed {
     return stage + 1 == kWideStages ? 0 : stage + 1;
   }
   __device__ __forceinline__ WordX* slot(int stage, int r, int v) const {
-    return ring_ + ((stage * S::kRows + r) * S::kVecs + v) * kWideThreads + lane_.lane;
+    return ring_ + ((stage * S::kRows + r) * S::kVecs + v) * lane_.lanes + lane_.lane;
   }
   // A group of copies, empty beyond the last row, so that counting groups counts steps.
   __device__ __forceinline__ void start() {
 #pragma unroll
     for (int r = 0; r < S::kRows; ++r) {
-      const X* const row = ahead_.data.x + ahead_.row(r) * ahead_.data.x_stride;
+      const X* const row = ahead_.x + r * ahead_.x_step;
+      const bool has_row = ahead_.has(r);
 #pragma unroll
       for (int v = 0; v < S::kVecs; ++v) {
         const int i = lane_.column<S>(v);
-        if (ahead_.has(r) && i < I_) {
+        if (has_row && i < I_) {
           copy_async<static_cast<int>(sizeof(WordX))>(slot(filling_, r, v), row + i);
         }
       }
     }
     copy_async_commit();
-    ahead_.first += S::kRows;
+    ahead_.template advance<S::kRows>();
     filling_ = after(filling_);
   }
 
@@ -115,21 +118,21 @@ class RegisterFeed {
  public:
   using X = typename S::X;
   using WordX = Word<X, S::kV>;
-  static constexpr int64_t kSharedBytes = 0;
+  static constexpr int kBlocks = 1;  // more would spill
+  static constexpr int64_t shared_bytes(int) { return 0; }
 
   __device__ __forceinline__ RegisterFeed(unsigned char*, const RowSet<X, typename S::P>& rows,
                                           Lane lane, int I)
       : ahead_(rows), lane_(lane), I_(I) {
     read_x<S>(ahead_, lane_, I_, next_);
   }
-  __device__ __forceinline__ void read(const RowSet<X, typename S::P>&,
-                                       WordX (&x)[S::kRows][S::kVecs]) {
+  __device__ __forceinline__ void read(int, WordX (&x)[S::kRows][S::kVecs]) {
 #pragma unroll
     for (int r = 0; r < S::kRows; ++r) {
 #pragma unroll
       for (int v = 0; v < S::kVecs; ++v) x[r][v] = next_[r][v];
     }
-    ahead_.first += S::kRows;
+    ahead_.template advance<S::kRows>();
     read_x<S>(ahead_, lane_, I_, next_);
   }
   __device__ __forceinline__ void drain() {}
@@ -141,9 +144,10 @@ class RegisterFeed {
   WordX next_[S::kRows][S::kVecs];
 };
 
-// Contract as one_pass_rows_kernel, with kWideThreads * S::kColumns >= I.
+// Contract as one_pass_rows_kernel; of as many threads as S::kColumns columns each take for a row,
+// whole warps, at most kWideThreads.
 template <typename S, typename Feed>
-__global__ void __launch_bounds__(kWideThreads, 1)
+__global__ void __launch_bounds__(kWideThreads, Feed::kBlocks)
     one_pass_wide_kernel(const __grid_constant__ OnePassArgs<typename S::X, typename S::P> a) {
   constexpr int kWarps = kWideThreads / kWarp;
   // Products of the rows at hand; lane k / kLanesPerSum of each warp sees to number k.
@@ -155,8 +159,9 @@ __global__ void __launch_bounds__(kWideThreads, 1)
   FUSED_STEP_DYNAMIC_SHARED(ring);
   const int I = static_cast<int>(a.shape.I), O = static_cast<int>(a.shape.O);
   const int thread = static_cast<int>(threadIdx.x);
+  const int threads = static_cast<int>(blockDim.x), warps = threads / kWarp;
   const int in_warp = thread % kWarp, warp = thread / kWarp;
-  const Lane lane{thread, kWideThreads};
+  const Lane lane{thread, threads};
   const int my_sum = in_warp / kLanesPerSum;
   const int my_row = my_sum / S::kOutputs, my_output = my_sum % S::kOutputs;
   const bool has_output = my_output < O;
@@ -166,22 +171,21 @@ __global__ void __launch_bounds__(kWideThreads, 1)
   const A bias = a.bias != nullptr && has_output ? widen(a.bias[my_output]) : A(0);
   double loss = 0.0, dbias = 0.0;
 
-  RowSet<X, typename S::P> rows = chunk_rows(a, 1);
-  const int64_t steps = (rows.end - rows.first + S::kRows - 1) / S::kRows;
+  RowSet<X, typename S::P> rows = chunk_rows(a, 0, 1);
+  const int steps = (rows.left + S::kRows - 1) / S::kRows;
   const auto read_target = [&] {
-    return rows.has(my_row) && has_output
-               ? a.batch.target[rows.row(my_row) * a.batch.target_stride + my_output]
-               : typename S::P{};
+    return rows.has(my_row) && has_output ? rows.target[my_row * rows.target_step + my_output]
+                                          : typename S::P{};
   };
   Feed feed(ring, rows, lane, I);
   typename S::P next_target = read_target();
-  for (int64_t step = 0; step < steps; ++step) {
-    const RowSet<X, typename S::P> now = rows;
+  for (int step = 0; step < steps; ++step) {
+    const int left = rows.left;
     const A target = static_cast<A>(widen(next_target));
-    rows.first += S::kRows;
+    rows.template advance<S::kRows>();
     next_target = read_target();
     Word<X, S::kV> stored[S::kRows][S::kVecs];
-    feed.read(now, stored);
+    feed.read(left, stored);
 
     A product[kSums];
 #pragma unroll
@@ -202,9 +206,11 @@ __global__ void __launch_bounds__(kWideThreads, 1)
     // Every warp adds the warps' products by itself, which saves a second barrier.
     A sum = shared[0][my_sum];
 #pragma unroll
-    for (int k = 1; k < kWarps; ++k) sum += shared[k][my_sum];
+    for (int k = 1; k < kWarps; ++k) {
+      if (k < warps) sum += shared[k][my_sum];
+    }
     const A residual = mse_residual(sum, bias, target);
-    const A there = now.has(my_row) && has_output ? residual : A(0);
+    const A there = my_row < left && has_output ? residual : A(0);
     const A my_dy = mse_dy(there, a.dy_scale);
     loss += static_cast<double>(mse_term(there));
     dbias += static_cast<double>(my_dy);
@@ -218,7 +224,8 @@ __global__ void __launch_bounds__(kWideThreads, 1)
 #pragma unroll
         for (int e = 0; e < S::kColumns; ++e) dweight[o][e] += dy[o] * x[e];
       }
-      if (a.dx != nullptr && now.has(r)) write_dx<S>(dy, w, lane, I, a.dx + now.row(r) * I);
+      X* const dx = dx_of(a, step * S::kRows + r);
+      if (dx != nullptr && r < left) write_dx<S>(dy, w, lane, I, dx);
     }
   }
   feed.drain();

@@ -19,7 +19,7 @@ __device__ __forceinline__ bool arrives_last(unsigned* ticket, int64_t count) {
   if (threadIdx.x == 0) {
     __threadfence();  // and, being cumulative, is released here
     last = atomicInc(ticket, static_cast<unsigned>(count - 1)) == static_cast<unsigned>(count - 1);
-    __threadfence();  // what others released is acquired
+    if (last) __threadfence();  // what others released is acquired
   }
   __syncthreads();
   return last;
@@ -36,6 +36,27 @@ __device__ __forceinline__ double sum_block(double value, double* shared) {
     __syncthreads();
   }
   return shared[0];
+}
+
+// Adds to `total` what lies at at(0), at(1), ..., at(count - 1), in this order, each kV elements
+// that other blocks have written. kAtOnce loads are on their way at once, whatever the count: one
+// after the other each would take its 600 cycles.
+template <int kAtOnce, typename A, int kV, typename At>
+__device__ __forceinline__ void add_in_order(int64_t count, const At& at, A (&total)[kV]) {
+#pragma unroll 1
+  for (int64_t c = 0; c < count; c += kAtOnce) {
+    A part[kAtOnce][kV];
+#pragma unroll
+    for (int u = 0; u < kAtOnce; ++u) {
+      if (c + u < count) load_written<A, kV>(at(c + u), part[u]);
+    }
+#pragma unroll
+    for (int u = 0; u < kAtOnce; ++u) {
+      if (c + u >= count) break;
+#pragma unroll
+      for (int j = 0; j < kV; ++j) total[j] += part[u][j];
+    }
+  }
 }
 
 // The partial sums of chunks, in a workspace aligned to 16.
@@ -65,16 +86,8 @@ __device__ __forceinline__ void add_dweights(const Partials<A>& p, int64_t first
   constexpr int kV = static_cast<int>(kVectorBytes / sizeof(A));
   for (int k = static_cast<int>(threadIdx.x) * kV; k < p.n;
        k += static_cast<int>(blockDim.x) * kV) {
-    A total[kV];
-    load_written<A, kV>(p.dweight(first) + k, total);
-    // Eight loads on their way at once: one after the other each would take its 600 cycles.
-#pragma unroll 8
-    for (int64_t c = 1; c < count; ++c) {
-      A part[kV];
-      load_written<A, kV>(p.dweight(first + c * stride) + k, part);
-#pragma unroll
-      for (int j = 0; j < kV; ++j) total[j] += part[j];
-    }
+    A total[kV] = {};
+    add_in_order<8>(count, [&](int64_t c) { return p.dweight(first + c * stride) + k; }, total);
     use(k, total);
   }
 }
@@ -85,10 +98,9 @@ __device__ __forceinline__ void add_sums(const Partials<A>& p, int64_t first, in
                                          int64_t count, const Use& use) {
   const int k = static_cast<int>(threadIdx.x);
   if (k > p.O) return;
-  double total = __ldcg(p.sums(first) + k);
-#pragma unroll 8
-  for (int64_t c = 1; c < count; ++c) total += __ldcg(p.sums(first + c * stride) + k);
-  use(k, total);
+  double total[1] = {};
+  add_in_order<8>(count, [&](int64_t c) { return p.sums(first + c * stride) + k; }, total);
+  use(k, total[0]);
 }
 
 // After a block has written the partial sums of its chunk: true in the one block that is to finish.

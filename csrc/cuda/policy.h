@@ -25,13 +25,18 @@ constexpr int kWarp = 32;
 // What one access moves, where the alignment allows it.
 constexpr int64_t kVectorBytes = 16;
 
-// One-pass keeps W and dW of a thread's columns in registers. Above 8 outputs a row of float needs
-// more than the 128 multiply-adds that a multiprocessor has for each 19 bytes of it: then the
-// library's GEMM wins.
-constexpr int64_t kMaxOnePassOutputs = 8;
+// One-pass keeps W and dW of a thread's columns in registers. Each output takes two multiply-adds
+// for an element, and for a row its share of the exchange between lanes and of the residual:
+// counted in what nvcc makes of the loop, a multiprocessor gets through 17 bytes of x per cycle at
+// 4 outputs of float or 2 of 16 bit, at best, and through 6 and 3 at 8. Two GEMMs, which read x
+// twice, get through some 8.
+constexpr int64_t kMaxOnePassOutputs = 4;
+constexpr int64_t one_pass_outputs(int64_t x_bytes) {
+  return x_bytes == 2 ? 2 : kMaxOnePassOutputs;
+}
 
 // Outputs that a kernel has room for; O <= kMaxOnePassOutputs.
-constexpr int output_capacity(int64_t O) { return O <= 1 ? 1 : O <= 2 ? 2 : O <= 4 ? 4 : 8; }
+constexpr int output_capacity(int64_t O) { return O <= 1 ? 1 : O <= 2 ? 2 : 4; }
 
 // A team of 1 to 32 lanes per row: 32 registers of dW and 32 of W in each lane, whatever the number
 // of outputs, beside 32 for the rows of x in use and 32 for the next. With one output and 16-bit x
@@ -54,9 +59,14 @@ constexpr int64_t rows_columns(int64_t O, int64_t accum_bytes) {
   return kWarp * rows_lane_columns(output_capacity(O), accum_bytes);
 }
 
-// Wider: a block per row, at most 16 columns in each thread. x comes through shared memory in 3
-// stages of 16 KiB, two of them in flight: 32 KiB with one block on a multiprocessor, 64 with two.
+// Wider: a block per row, at most 16 columns in each thread, and no more threads than the columns
+// take. x comes through shared memory in 3 stages, two of them in flight: at 256 threads 16 KiB
+// each, 32 KiB in flight with one block on a multiprocessor, 64 with two. Blocks of fewer threads
+// have smaller stages, and more of them fit.
 constexpr int kWideThreads = 256;
+constexpr int wide_blocks(int capacity, int64_t x_bytes) {
+  return x_bytes == 4 || (x_bytes == 2 && capacity == 1) ? 2 : 1;  // more would spill
+}
 constexpr int kWideStages = 3;
 constexpr int kWideSlots = 4;  // vectors of x per thread and stage
 constexpr int wide_lane_columns(int capacity, int64_t accum_bytes) {
@@ -68,12 +78,25 @@ constexpr int64_t wide_columns(int64_t O, int64_t accum_bytes) {
 
 // A chunk is the work of one block. 8 rounds of the 396 blocks that an H200 holds at once: however
 // many another GPU holds, the last round, which may be partly empty, is one of many.
-constexpr int64_t kMaxChunks = 8 * rows_blocks(true, 1, 2) * 132;
-// 32 KiB of float: less is not worth a block and its place in the ordered sum.
+constexpr int64_t kOneRound = rows_blocks(true, 1, 2) * 132;
+constexpr int64_t kMaxChunks = 8 * kOneRound;
+// 32 KiB of float: less is not worth a block and its place in the ordered sum. Once each place on
+// an H200 has a block, chunks are four times as large before there are more of them: a block's
+// first rows, its sums and its fence cost about as much as 32 KiB.
 constexpr int64_t kMinChunkElements = 8 * 1024;
-// With 32 rows for each output, partial sums in float are 1/16 of a 16-bit x, and with the sums of
-// loss and bias beside them less than 1/8.
-constexpr int64_t kMinChunkRowsPerOutput = 32;
+constexpr int64_t chunks_by_work(int64_t elements) {
+  const int64_t smallest = elements / kMinChunkElements;
+  return smallest <= kOneRound ? smallest : at_least(kOneRound, smallest / 4);
+}
+// Partial sums are at most 1/8 of a 16-bit x: of dW alone they are that at 16 rows for each output,
+// of loss and bias beside it, where rows are short, at as many again.
+constexpr int64_t min_chunk_rows(int64_t I, int64_t O) {
+  return at_least(1, O) * (I < 64 ? 32 : 17);
+}
+// Fewer blocks than half of an H200's multiprocessors, each with more than this to read: the rest
+// of the GPU stands idle for longer than the GEMMs' three to five launches take.
+constexpr int64_t kFewChunks = 66;
+constexpr int64_t kMaxBytesOfFewChunks = 256 * 1024;
 
 struct Chunks {
   int64_t rows;   // of each but the last
@@ -90,8 +113,8 @@ constexpr int64_t group_size(int64_t chunks) {
 }
 
 constexpr Chunks one_pass_chunks(const LinearShape& s) {
-  const int64_t by_work = s.B * s.I / kMinChunkElements;
-  const int64_t by_partials = s.B / (kMinChunkRowsPerOutput * at_least(1, s.O));
+  const int64_t by_partials = s.B / min_chunk_rows(s.I, s.O);
+  const int64_t by_work = chunks_by_work(s.B * s.I);
   const int64_t wanted = at_least(1, at_most(at_most(by_work, by_partials), kMaxChunks));
   Chunks c{};
   c.rows = at_least(1, ceil_div(s.B, wanted));
@@ -115,17 +138,38 @@ constexpr int64_t partial_bytes(int64_t I, int64_t O, int64_t accum_bytes) {
 }
 
 // One block does a whole step: W and momentum in shared memory, 16 KiB for the sums of its 4 warps.
-// 64 KiB of x pass through one multiprocessor in about 1 us; a launch of many blocks with its
-// ordered sum takes 5.
+// It takes as many rows at once as its lanes hold, waits for them, and then for their sums: about
+// 1200 cycles. Four such passes take 3 us; a launch of many blocks with its ordered sum takes 5.
 constexpr int kTinyThreads = 128;
-constexpr int64_t kTinyBytes = 64 * 1024;
+constexpr int kTinyPasses = 4;
 constexpr int kTinySlots = 32;  // elements of x in flight per lane
+constexpr int64_t kMaxTinyOutputs = 8;
+constexpr int tiny_capacity(int64_t O) { return O <= 1 ? 1 : static_cast<int>(kMaxTinyOutputs); }
+constexpr int tiny_lane_columns(int64_t I, int64_t O, int64_t accum_bytes) {
+  const int many = rows_lane_columns(static_cast<int>(kMaxTinyOutputs), accum_bytes);
+  return O > 1 || I <= kWarp * many ? many : rows_lane_columns(1, accum_bytes);
+}
 constexpr int64_t tiny_columns(int64_t O, int64_t accum_bytes) {
-  return kWarp * rows_lane_columns(O <= 1 ? 1 : kMaxOnePassOutputs, accum_bytes);
+  return kWarp * rows_lane_columns(tiny_capacity(O), accum_bytes);
+}
+constexpr int tiny_rows(int capacity, int lane_columns, int64_t accum_bytes) {
+  return static_cast<int>(
+      at_least(1, at_most(kTinySlots / lane_columns, rows_sums(accum_bytes) / capacity)));
+}
+// The lanes that a row of I elements takes.
+constexpr int lanes_of(int64_t I, int lane_columns) {
+  int lanes = 1;
+  while (lanes * lane_columns < I) lanes *= 2;
+  return lanes;
+}
+constexpr int64_t tiny_rows_per_pass(int64_t I, int64_t O, int64_t accum_bytes) {
+  const int columns = tiny_lane_columns(I, O, accum_bytes);
+  return kTinyThreads / lanes_of(I, columns) * tiny_rows(tiny_capacity(O), columns, accum_bytes);
 }
 
 // The residual pass: 64 KiB of y, target and r are worth a block.
 constexpr int kResidualThreads = 256;
+constexpr int kResidualBlocks = 3;  // at a time on a multiprocessor
 constexpr int64_t kMinResidualElements = 8 * 1024;
 constexpr int64_t kMaxResidualBlocks = 8 * 132;
 // A chunk's sums of columns are double: with 64 rows at most 1/16 of a 16-bit y.
@@ -153,6 +197,9 @@ constexpr ResidualGrid residual_grid(int64_t B, int64_t O) {
 
 // Elementwise passes: each thread has at least one vector; more blocks than this loop.
 constexpr int kElementwiseThreads = 256;
+// At a time on a multiprocessor: up to 64 registers. Left alone, nvcc spills double at 40 on
+// sm_100.
+constexpr int kElementwiseBlocks = 4;
 constexpr int64_t kMaxElementwiseBlocks = 32 * 132;
 
 // The optimizer over a list of tensors: a chunk of one of them is the work of a block, so that many
@@ -174,19 +221,30 @@ constexpr int kPutWords = 4 * 1024 / kVectorBytes - 2;
 constexpr int64_t accum_bytes_of(int64_t param_bytes) { return at_least(4, param_bytes); }
 
 constexpr bool fits_tiny(int64_t I, int64_t O, int64_t accum_bytes) {
-  return O <= kMaxOnePassOutputs && I <= tiny_columns(O, accum_bytes);
+  return O <= kMaxTinyOutputs && I <= tiny_columns(O, accum_bytes);
 }
-constexpr bool fits_one_pass(int64_t I, int64_t O, int64_t accum_bytes) {
-  return O <= kMaxOnePassOutputs &&
+constexpr bool fits_one_pass(int64_t I, int64_t O, int64_t x_bytes, int64_t accum_bytes) {
+  return O <= one_pass_outputs(x_bytes) &&
          I <= at_least(rows_columns(O, accum_bytes), wide_columns(O, accum_bytes));
 }
 
 // `x_bytes` and `param_bytes`: of one element.
 constexpr Plan choose_plan(const LinearShape& s, int64_t x_bytes, int64_t param_bytes) {
   const int64_t accum_bytes = accum_bytes_of(param_bytes);
-  if (!fits_one_pass(s.I, s.O, accum_bytes)) return Plan::kGemm;
-  const bool small = s.B * s.I * x_bytes <= kTinyBytes && s.B <= kTinyBytes;
-  return small && fits_tiny(s.I, s.O, accum_bytes) ? Plan::kTiny : Plan::kOnePass;
+  if (fits_tiny(s.I, s.O, accum_bytes) &&
+      s.B <= kTinyPasses * tiny_rows_per_pass(s.I, s.O, accum_bytes)) {
+    return Plan::kTiny;
+  }
+  if (!fits_one_pass(s.I, s.O, x_bytes, accum_bytes)) return Plan::kGemm;
+  const int64_t chunks = one_pass_chunks(s).count;
+  const bool idle = chunks < kFewChunks && s.B * s.I * x_bytes > chunks * kMaxBytesOfFewChunks;
+  return idle ? Plan::kGemm : Plan::kOnePass;
+}
+
+// Whether a product of W's shape has a tile of 128 x 128 for each multiprocessor of an H200. If
+// not, a library may share its sum out and round each part to the type that it writes.
+constexpr bool fills_gpu(int64_t I, int64_t O) {
+  return ceil_div(I, 128) * ceil_div(O, 128) >= 132;
 }
 
 }  // namespace fused_step::cuda

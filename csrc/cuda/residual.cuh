@@ -25,11 +25,29 @@ __device__ __forceinline__ double* loss_sums(const Scratch& s, const ResidualGri
   return static_cast<double*>(s.workspace) + g.chunks * O + chunk * g.groups;
 }
 
+// The sum over a block's teams of `columns` threads each, in the first team. `shared`:
+// [kResidualThreads]. Called by all threads of a block.
+__device__ __forceinline__ double sum_over_teams(double value, int columns, int teams,
+                                                 double* shared) {
+  const int thread = static_cast<int>(threadIdx.x);
+  __syncthreads();  // what was there is used
+  shared[thread] = value;
+  __syncthreads();
+  if (thread < columns) {
+    for (int k = 1; k < teams; ++k) value += shared[k * columns + thread];
+  }
+  return value;
+}
+
 // Block (chunk, group): the rows of a chunk, tiles of columns `group`, `group` + groups, ... A
 // thread stays in its column of a tile. Reads y, target and bias, overwrites y.
 template <typename X, typename P>
-__global__ void __launch_bounds__(kResidualThreads) residual_kernel(const ResidualArgs<X, P> a) {
+__global__ void __launch_bounds__(kResidualThreads, kResidualBlocks)
+    residual_kernel(const ResidualArgs<X, P> a) {
   using A = Accum<P>;
+  // 16 bytes of y on their way in each thread, at least 4 elements: r is stored where y was, so
+  // that no load may overtake it.
+  constexpr int kAtOnce = sizeof(X) == 2 ? 8 : 4;
   __shared__ double shared[kResidualThreads];
   const Residual<X, P>& r = a.r;
   const ResidualGrid& g = a.grid;
@@ -46,23 +64,34 @@ __global__ void __launch_bounds__(kResidualThreads) residual_kernel(const Residu
     const A bias = active && r.bias != nullptr ? static_cast<A>(widen(r.bias[o])) : A(0);
     double dbias = 0.0;
     if (active) {
-#pragma unroll 4
-      for (int64_t b = begin + team; b < end; b += teams) {
-        X& y = r.y[b * r.O + o];
-        const A residual = mse_residual(static_cast<A>(widen(y)), bias,
-                                        static_cast<A>(widen(r.target[b * r.target_stride + o])));
-        y = narrow<X>(static_cast<Accum<X>>(residual));
-        loss += static_cast<double>(mse_term(residual));
-        dbias += static_cast<double>(residual);
+      X* y = r.y + (begin + team) * r.O + o;
+      const P* target = r.target + (begin + team) * r.target_stride + o;
+      const int64_t y_step = teams * r.O, target_step = teams * r.target_stride;
+#pragma unroll 1
+      for (int left = static_cast<int>(end - begin) - team; left > 0; left -= kAtOnce * teams) {
+        X old[kAtOnce];
+        P wanted[kAtOnce];
+#pragma unroll
+        for (int u = 0; u < kAtOnce; ++u) {
+          if (u * teams >= left) continue;
+          old[u] = y[u * y_step];
+          wanted[u] = target[u * target_step];
+        }
+#pragma unroll
+        for (int u = 0; u < kAtOnce; ++u) {
+          if (u * teams >= left) continue;
+          const A residual =
+              mse_residual(static_cast<A>(widen(old[u])), bias, static_cast<A>(widen(wanted[u])));
+          y[u * y_step] = narrow<X>(static_cast<Accum<X>>(residual));
+          loss += static_cast<double>(mse_term(residual));
+          dbias += static_cast<double>(residual);
+        }
+        y += kAtOnce * y_step;
+        target += kAtOnce * target_step;
       }
     }
-    __syncthreads();  // the last tile's sums are used
-    shared[thread] = dbias;
-    __syncthreads();
-    if (thread < columns && o < r.O) {
-      for (int k = 1; k < teams; ++k) dbias += shared[k * columns + thread];
-      column_sums(r.scratch, r.O, chunk)[o] = dbias;
-    }
+    dbias = sum_over_teams(dbias, columns, teams, shared);
+    if (thread < columns && o < r.O) column_sums(r.scratch, r.O, chunk)[o] = dbias;
   }
   __syncthreads();
   loss = sum_block<kResidualThreads>(loss, shared);
@@ -70,18 +99,25 @@ __global__ void __launch_bounds__(kResidualThreads) residual_kernel(const Residu
 
   if (!arrives_last(r.scratch.tickets + group, g.chunks)) return;
   for (int64_t tile = group; tile < g.tiles; tile += g.groups) {
-    const int64_t o = tile * columns + thread;
-    if (r.dbias == nullptr || thread >= columns || o >= r.O) continue;
-    double sum = 0.0;
-#pragma unroll 8
-    for (int64_t c = 0; c < g.chunks; ++c) sum += __ldcg(column_sums(r.scratch, r.O, c) + o);
-    r.dbias[o] = static_cast<A>(sum * r.dbias_scale);
+    if (r.dbias == nullptr) break;
+    // Each team has its share of the chunks.
+    const int64_t o = tile * columns + thread % columns;
+    double sum[1] = {};
+    if (team < teams && o < r.O) {
+      add_in_order<8>((g.chunks - team + teams - 1) / teams,
+                      [&](int64_t c) { return column_sums(r.scratch, r.O, team + c * teams) + o; },
+                      sum);
+    }
+    const double dbias = sum_over_teams(sum[0], columns, teams, shared);
+    if (thread < columns && o < r.O) r.dbias[o] = static_cast<A>(dbias * r.dbias_scale);
   }
-  if (thread == 0) {
-    double sum = 0.0;
-    for (int64_t c = 0; c < g.chunks; ++c) sum += __ldcg(loss_sums(r.scratch, g, r.O, c) + group);
-    loss_sums(r.scratch, g, r.O, 0)[group] = sum;
+  loss = 0.0;
+  for (int64_t c = thread; c < g.chunks; c += kResidualThreads) {
+    loss += __ldcg(loss_sums(r.scratch, g, r.O, c) + group);
   }
+  __syncthreads();  // the columns' sums are used
+  loss = sum_block<kResidualThreads>(loss, shared);
+  if (thread == 0) loss_sums(r.scratch, g, r.O, 0)[group] = loss;
   if (!arrives_last(r.scratch.tickets + kMaxGroups, g.groups)) return;
   if (thread == 0) {
     double sum = 0.0;

@@ -30,15 +30,33 @@ __device__ __forceinline__ SgdCoefficients<Accum<P>> coefficients_of(const Updat
   return c;
 }
 
-// Reads and writes element k. Without history the buffer is not read.
+// Reads and writes `count` elements from k on, at most kV: all reads come before the first write,
+// which they may not overtake. Without history the buffer is not read.
+template <typename P, int kV>
+__device__ __forceinline__ void update_elements(const Updated<P>& p,
+                                                const SgdCoefficients<Accum<P>>& c, int64_t k,
+                                                int count, const Accum<P> (&grad)[kV]) {
+  using A = Accum<P>;
+  A value[kV], buf[kV];
+#pragma unroll
+  for (int j = 0; j < kV; ++j) {
+    if (j >= count) continue;
+    value[j] = widen(p.value[k + j]);
+    buf[j] = c.has_momentum && !c.first_step ? widen(p.momentum_buf[k + j]) : A(0);
+  }
+#pragma unroll
+  for (int j = 0; j < kV; ++j) {
+    if (j >= count) continue;
+    p.value[k + j] = narrow<P>(sgd_update(value[j], grad[j], buf[j], c));
+    if (c.has_momentum) p.momentum_buf[k + j] = narrow<P>(buf[j]);
+  }
+}
 template <typename P>
 __device__ __forceinline__ void update_element(const Updated<P>& p,
                                                const SgdCoefficients<Accum<P>>& c, int64_t k,
                                                Accum<P> grad) {
-  using A = Accum<P>;
-  A buf = c.has_momentum && !c.first_step ? widen(p.momentum_buf[k]) : A(0);
-  p.value[k] = narrow<P>(sgd_update(widen(p.value[k]), grad, buf, c));
-  if (c.has_momentum) p.momentum_buf[k] = narrow<P>(buf);
+  const Accum<P> grads[1] = {grad};
+  update_elements<P, 1>(p, c, k, 1, grads);
 }
 
 }  // namespace fused_step::cuda

@@ -18,7 +18,8 @@ struct SgdUpdateArgs {
 
 // kV elements per access. Reads grad; reads and writes the parameter and its buffer.
 template <typename P, int kV>
-__global__ void __launch_bounds__(kElementwiseThreads) sgd_update_kernel(const SgdUpdateArgs<P> a) {
+__global__ void __launch_bounds__(kElementwiseThreads, kElementwiseBlocks)
+    sgd_update_kernel(const SgdUpdateArgs<P> a) {
   using A = Accum<P>;
   const SgdCoefficients<A> c = coefficients_of(a.param);
   const bool has_history = c.has_momentum && !c.first_step;

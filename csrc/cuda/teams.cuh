@@ -38,17 +38,34 @@ struct Lane {
   }
 };
 
-// Rows as a kernel sees them, row `first` + r * `step` for each of the r at hand; from `end` on
-// there are none.
+// Rows as a kernel sees them: row r of those at hand lies r * `step` rows further on. Pointers that
+// move on, since an address made anew from the number of a row takes as long as to multiply a
+// vector of it.
 template <typename X, typename P>
 struct RowSet {
-  const Rows<X, P>& data;
-  int64_t first;
-  int64_t step;
-  int64_t end;
+  const X* x;       // of row 0
+  const P* target;  // likewise
+  int64_t x_step;   // elements from row r to row r + 1
+  int64_t target_step;
+  int step;
+  int left;  // rows from row 0 on; the chunk of a block has less than 2^31
 
-  __device__ __forceinline__ int64_t row(int r) const { return first + r * step; }
-  __device__ __forceinline__ bool has(int r) const { return row(r) < end; }
+  __device__ __forceinline__ RowSet(const Rows<X, P>& batch, int64_t first, int count, int between)
+      : x(batch.x + first * batch.x_stride),
+        target(batch.target + first * batch.target_stride),
+        x_step(between * batch.x_stride),
+        target_step(between * batch.target_stride),
+        step(between),
+        left(count) {}
+
+  __device__ __forceinline__ bool has(int r) const { return r * step < left; }
+  // On by as many rows as kCount of those at hand.
+  template <int kCount>
+  __device__ __forceinline__ void advance() {
+    x += kCount * x_step;
+    target += kCount * target_step;
+    left -= kCount * step;
+  }
 };
 
 // Rows of x as they are stored, on their way or there; zeros where there are none.
@@ -63,13 +80,14 @@ __device__ __forceinline__ void read_x(const RowSet<typename S::X, typename S::P
                                        int I, Word<typename S::X, S::kV> (&x)[S::kRows][S::kVecs]) {
 #pragma unroll
   for (int r = 0; r < S::kRows; ++r) {
-    const typename S::X* const row = rows.data.x + rows.row(r) * rows.data.x_stride;
+    const typename S::X* const row = rows.x + r * rows.x_step;
+    const bool has_row = rows.has(r);
 #pragma unroll
     for (int v = 0; v < S::kVecs; ++v) {
       const int i = lane.column<S>(v);
       x[r][v] = Word<typename S::X, S::kV>{};
       // A vector is inside the row or outside: with kV > 1, I is a multiple of it.
-      if (rows.has(r) && i < I) x[r][v] = load_streaming<typename S::X, S::kV>(row + i);
+      if (has_row && i < I) x[r][v] = load_streaming<typename S::X, S::kV>(row + i);
     }
   }
 }
@@ -80,10 +98,11 @@ __device__ __forceinline__ void read_slice(const RowSet<typename S::X, typename 
   read_x<S>(rows, lane, I, to.x);
 #pragma unroll
   for (int r = 0; r < S::kRows; ++r) {
-    const typename S::P* const row = rows.data.target + rows.row(r) * rows.data.target_stride;
+    const typename S::P* const row = rows.target + r * rows.target_step;
+    const bool has_row = rows.has(r);
 #pragma unroll
     for (int o = 0; o < S::kOutputs; ++o) {
-      to.target[r][o] = rows.has(r) && o < O ? row[o] : typename S::P{};
+      to.target[r][o] = has_row && o < O ? row[o] : typename S::P{};
     }
   }
 }
@@ -183,15 +202,14 @@ __device__ __forceinline__ void write_dx(const typename S::A (&dy)[S::kOutputs],
   }
 }
 
-// Adds the rows of a slice to the sums. `dx`, if not null, is [B, I]. All lanes of a warp call it
-// together.
-template <typename S>
-__device__ __forceinline__ void add_slice(Slice<S>& slice,
-                                          const RowSet<typename S::X, typename S::P>& rows,
+// Adds the rows of a slice to the sums; there are those r with r * step < left. dx_row(r): where dx
+// of row r belongs, or null. All lanes of a warp call it together.
+template <typename S, typename DxRow>
+__device__ __forceinline__ void add_slice(Slice<S>& slice, int left, int step,
                                           const typename S::A (&w)[S::kOutputs][S::kColumns],
                                           const typename S::A (&bias)[S::kOutputs],
                                           typename S::A dy_scale, Lane lane, int I, int O,
-                                          typename S::X* dx, Sums<S>& sums) {
+                                          const DxRow& dx_row, Sums<S>& sums) {
   using A = typename S::A;
   A product[S::kRows][S::kOutputs];
 #pragma unroll
@@ -218,14 +236,15 @@ __device__ __forceinline__ void add_slice(Slice<S>& slice,
 #pragma unroll
     for (int o = 0; o < S::kOutputs; ++o) {
       const A residual = mse_residual(product[r][o], bias[o], widen(slice.target[r][o]));
-      const A there = rows.has(r) && o < O ? residual : A(0);
+      const A there = r * step < left && o < O ? residual : A(0);
       dy[o] = mse_dy(there, dy_scale);
       loss += mse_term(there);
       dbias[o] += dy[o];
 #pragma unroll
       for (int e = 0; e < S::kColumns; ++e) sums.dweight[o][e] += dy[o] * x[e];
     }
-    if (dx != nullptr && rows.has(r)) write_dx<S>(dy, w, lane, I, dx + rows.row(r) * I);
+    typename S::X* const dx = dx_row(r);
+    if (dx != nullptr && r * step < left) write_dx<S>(dy, w, lane, I, dx);
   }
   sums.loss += static_cast<double>(loss);
 #pragma unroll

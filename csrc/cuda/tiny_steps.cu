@@ -11,12 +11,9 @@ namespace {
 // Columns one by one: rows this short come from cache, and any alignment takes the same kernel.
 template <typename X, typename P, int kOutputs, int kLaneColumns>
 cudaError_t launch_tiny(const TinyArgs<X, P>& a, cudaStream_t stream) {
-  constexpr int kRows = static_cast<int>(
-      at_least(1, at_most(kTinySlots / kLaneColumns, rows_sums(sizeof(Accum<P>)) / kOutputs)));
-  int lanes = 1;
-  while (lanes * kLaneColumns < a.I) lanes *= 2;
+  constexpr int kRows = tiny_rows(kOutputs, kLaneColumns, sizeof(Accum<P>));
   return launch(tiny_steps_kernel<Tile<X, P, 1, kLaneColumns, kOutputs, kRows>>, dim3(1),
-                kTinyThreads, 0, stream, a, lanes);
+                kTinyThreads, 0, stream, a, lanes_of(a.I, kLaneColumns));
 }
 
 }  // namespace
@@ -39,11 +36,11 @@ cudaError_t launch_tiny_steps(const TinySteps<X, P>& s, cudaStream_t stream) {
                          updated(s.weight),
                          updated(s.bias),
                          s.losses};
-  constexpr int kMany = rows_lane_columns(kMaxOnePassOutputs, kAccum);
-  constexpr int kFew = rows_lane_columns(1, kAccum);
-  if (s.O > 1) return launch_tiny<X, P, kMaxOnePassOutputs, kMany>(a, stream);
-  if (s.I <= kWarp * kMany) return launch_tiny<X, P, 1, kMany>(a, stream);
-  return launch_tiny<X, P, 1, kFew>(a, stream);
+  constexpr int kFew = tiny_lane_columns(1, 1, kAccum);
+  constexpr int kMany = tiny_lane_columns(tiny_columns(1, kAccum), 1, kAccum);
+  if (s.O > 1) return launch_tiny<X, P, tiny_capacity(kMaxTinyOutputs), kFew>(a, stream);
+  if (tiny_lane_columns(s.I, s.O, kAccum) == kFew) return launch_tiny<X, P, 1, kFew>(a, stream);
+  return launch_tiny<X, P, 1, kMany>(a, stream);
 }
 
 #define FUSED_STEP_INSTANTIATE(X, P) \

@@ -63,7 +63,7 @@ __global__ void __launch_bounds__(kTinyThreads, 1)
   __shared__ Resident<P, S::kOutputs> bias;
   const int I = a.I, O = a.O, n = O * I, thread = static_cast<int>(threadIdx.x);
   const Lane lane{thread & (lanes - 1), lanes};
-  const int teams = kTinyThreads / lanes;
+  const int teams = kTinyThreads / lanes, team = thread / lanes;
   const bool has_bias = a.bias.value != nullptr;
   weight.load(a.weight, n);
   if (has_bias) bias.load(a.bias, O);
@@ -77,19 +77,18 @@ __global__ void __launch_bounds__(kTinyThreads, 1)
 #pragma unroll
     for (int o = 0; o < S::kOutputs; ++o) b[o] = has_bias && o < O ? bias.value[o] : A(0);
     const int64_t left = a.rows - first_row;
-    const int64_t count = left < a.batch_size ? left : a.batch_size;
+    const int count = static_cast<int>(left < a.batch_size ? left : a.batch_size);
     const A dy_scale = static_cast<A>(mse_dy_scale(a.reduction, count, O));
 
     Sums<S> sums;
     sums.clear();
-    RowSet<typename S::X, P> rows{a.data, first_row, teams, first_row + count};
-    const int per_pass = teams * S::kRows;
-    rows.first += thread / lanes;
-    for (int64_t row = 0; row < count; row += per_pass) {
+    RowSet<typename S::X, P> rows(a.data, first_row + team, count - team, teams);
+    const auto no_dx = [](int) -> typename S::X* { return nullptr; };
+    for (int row = 0; row < count; row += teams * S::kRows) {
       Slice<S> slice;
       read_slice<S>(rows, lane, I, O, slice);
-      add_slice<S>(slice, rows, w, b, dy_scale, lane, I, O, nullptr, sums);
-      rows.first += per_pass;
+      add_slice<S>(slice, rows.left, teams, w, b, dy_scale, lane, I, O, no_dx, sums);
+      rows.template advance<S::kRows>();
     }
     leave_sums<S, kWarps>(sums, lane, warp_sums);
     __syncthreads();  // also: all have read W of this step

@@ -32,8 +32,9 @@ struct WordOf<16> {
 template <typename T, int kV>
 using Word = typename WordOf<kV* static_cast<int>(sizeof(T))>::type;
 
+// By value: of a word in memory a reference would be copied from byte by byte.
 template <typename T, int kV>
-__device__ __forceinline__ void unpack(const Word<T, kV>& word, T (&to)[kV]) {
+__device__ __forceinline__ void unpack(Word<T, kV> word, T (&to)[kV]) {
   __builtin_memcpy(to, &word, sizeof(word));
 }
 

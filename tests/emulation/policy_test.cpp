@@ -7,8 +7,8 @@ using namespace fused_step::cuda;
 using namespace fused_step::test;
 
 TEST(chunks_cover_every_row_once_and_keep_to_their_limits) {
-  for (const int64_t O : {0, 1, 2, 8}) {
-    for (const int64_t I : {0, 1, 10, 1024, 4096}) {
+  for (const int64_t O : {0, 1, 2, 4}) {
+    for (const int64_t I : {0, 1, 10, 63, 64, 1024, 4096}) {
       for (int64_t B = 0; B < (int64_t{1} << 33); B = B * 2 + 1) {
         describe("B %lld I %lld O %lld", static_cast<long long>(B), static_cast<long long>(I),
                  static_cast<long long>(O));
@@ -49,7 +49,12 @@ TEST(plan_follows_the_sizes) {
   check(choose_plan({0, 10, 1}, 4, 4) == Plan::kTiny, "no rows");
   check(choose_plan({1 << 20, 1024, 1}, 4, 4) == Plan::kOnePass, "1M x 1024");
   check(choose_plan({1 << 20, 1024, 1}, 2, 2) == Plan::kOnePass, "1M x 1024, 16 bit");
-  check(choose_plan({1 << 20, 1024, 9}, 4, 4) == Plan::kGemm, "9 outputs");
+  check(choose_plan({1 << 20, 1024, 4}, 4, 4) == Plan::kOnePass, "4 outputs");
+  check(choose_plan({1 << 20, 1024, 5}, 4, 4) == Plan::kGemm, "5 outputs");
+  check(choose_plan({1 << 20, 1024, 2}, 2, 2) == Plan::kOnePass, "2 outputs of 16 bit");
+  check(choose_plan({1 << 20, 1024, 3}, 2, 2) == Plan::kGemm, "3 outputs of 16 bit");
+  check(choose_plan({4096, 256, 1}, 4, 4) == Plan::kOnePass, "4096 x 256");
+  check(choose_plan({1024, 1024, 4}, 4, 4) == Plan::kGemm, "15 blocks with 273 KiB each");
   check(choose_plan({1 << 20, 100000, 1}, 4, 4) == Plan::kGemm, "wide");
   check(choose_plan({1, 100000, 100}, 4, 4) == Plan::kGemm, "wide, one row");
   // What a plan is chosen for, its launcher takes.
@@ -60,7 +65,7 @@ TEST(plan_follows_the_sizes) {
         for (const int64_t B : {0, 1, 100, 100000}) {
           const Plan plan = choose_plan({B, I, O}, bytes, bytes);
           if (plan == Plan::kTiny) check(fits_tiny(I, O, accum), "tiny");
-          if (plan == Plan::kOnePass) check(fits_one_pass(I, O, accum), "one-pass");
+          if (plan == Plan::kOnePass) check(fits_one_pass(I, O, bytes, accum), "one-pass");
         }
       }
     }

@@ -45,7 +45,7 @@ void test_steps(const Sizes& s, int64_t batch_size, int64_t first_step, int64_t 
 
 template <typename X, typename P>
 void test_small(uint64_t seed) {
-  for (int64_t O = 0; O <= kMaxOnePassOutputs; ++O) {
+  for (int64_t O = 0; O <= kMaxTinyOutputs; ++O) {
     for (int64_t I = 0; I <= 9; ++I) {
       for (const int64_t B : {1, 2, 3, 31, 33}) {
         ++seed;
@@ -128,7 +128,7 @@ TEST(tiny_refuses_what_it_has_no_kernel_for) {
   s.O = 1;
   s.I = tiny_columns(1, 4) + 1;
   check(launch_tiny_steps(s, nullptr) == cudaErrorInvalidValue, "took too wide a row");
-  s.O = kMaxOnePassOutputs + 1;
+  s.O = kMaxTinyOutputs + 1;
   s.I = 1;
   check(launch_tiny_steps(s, nullptr) == cudaErrorInvalidValue, "took too many outputs");
 }
