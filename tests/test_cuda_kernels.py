@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 import shutil
 import subprocess
 import sys
@@ -56,6 +57,20 @@ def test_budget_names_every_kernel_and_no_other(rows):
 
 def test_no_kernel_has_a_stack_frame(rows):
     assert [row for row in rows if row.stack != 0] == []
+
+
+@pytest.mark.parametrize("source", ["grad_norm", "residual", "sgd_list", "sgd_update"])
+def test_no_byte_is_loaded_by_itself(source, tmp_path):
+    """A word that is copied through a reference is loaded byte by byte, in 16 instructions for one."""
+    if shutil.which("nvcc") is None:
+        pytest.skip("no nvcc here: what it makes of the kernels is not known")
+    ptx = tmp_path / "kernels.ptx"
+    command = ["nvcc", "-std=c++20", "-Icsrc", "-ptx", "-arch=sm_90"]
+    subprocess.run([*command, f"csrc/cuda/{source}.cu", "-o", ptx], cwd=ROOT, check=True)
+    loads = re.findall(r"\bld\.[\w.:]+", ptx.read_text())
+    assert any(load.endswith(("32", "64")) for load in loads)
+    elsewhere = (".param", ".shared")  # a flag among the arguments, or of a block
+    assert [k for k in loads if k.endswith("8") and not any(e in k for e in elsewhere)] == []
 
 
 def test_report_reads_what_ptxas_writes():

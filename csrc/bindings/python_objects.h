@@ -35,7 +35,7 @@ struct PythonObjects {
   // fused_step.LinearMSELoss; its type is null until set_linear_mse_loss() was called.
   ModuleClass linear_mse_loss;
   PyTypeObject *sgd, *parameter, *partial;
-  PyTypeObject* fused_sgd;                   // fused_step.SGD; null until set_sgd() was called
+  PyTypeObject* fused_sgd;  // fused_step.SGD; null until set_sgd() was called
   PyObject* sgd_zero_grad;
   // torch.nn.functional's dictionary, and its functions as they were at import.
   PyObject *functional, *linear_function, *mse_loss_function;
