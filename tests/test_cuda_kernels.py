@@ -61,7 +61,7 @@ def test_no_kernel_has_a_stack_frame(rows):
 
 @pytest.mark.parametrize("source", ["grad_norm", "residual", "sgd_list", "sgd_update"])
 def test_no_byte_is_loaded_by_itself(source, tmp_path):
-    """A word that is copied through a reference is loaded byte by byte, in 16 instructions for one."""
+    """A word that is copied through a reference is loaded byte by byte: 16 instructions for one."""
     if shutil.which("nvcc") is None:
         pytest.skip("no nvcc here: what it makes of the kernels is not known")
     ptx = tmp_path / "kernels.ptx"

@@ -389,22 +389,6 @@ std::string why_no_deeper_on_cuda(const LinearSgdState& state, at::ScalarType in
     case Plan::kGemm:
       break;
   }
-  return "gemm";
-}
-
-std::string why_no_deeper_on_cuda(const LinearSgdState& state, at::ScalarType input_type,
-                                  int64_t B) {
-  const int64_t O = state.weight.size(0);
-  switch (plan_of(state, input_type, B)) {
-    case Plan::kTiny:
-      return "";
-    case Plan::kOnePass:
-      return "tiny is one block of the GPU: the batch is too large for it, or a row too long, or "
-             "there "
-             "are too many outputs";
-    case Plan::kGemm:
-      break;
-  }
   const int64_t most = cuda::one_pass_outputs(static_cast<int64_t>(c10::elementSize(input_type)));
   if (O > most) {
     return "one-pass serves up to " + std::to_string(most) + " outputs of a " +

@@ -2,8 +2,6 @@
 // Which one-pass kernel a problem takes.
 #include "cuda/one_pass.h"
 
-#include <type_traits>
-
 #include "cuda/one_pass_wide.cuh"
 #include "cuda/pairs.h"
 
@@ -28,13 +26,22 @@ cudaError_t launch_rows(const OnePassArgs<X, P>& a, cudaStream_t stream) {
                 dim3(static_cast<unsigned>(a.chunks.count)), kRowsThreads, 0, stream, a, lanes);
 }
 
+template <typename S, bool kVectors>
+struct FeedOf {
+  using type = RegisterFeed<S>;
+};
+template <typename S>
+struct FeedOf<S, true> {
+  using type = RingFeed<S>;
+};
+
 template <typename X, typename P, bool kVectors, int kOutputs>
 cudaError_t launch_wide(const OnePassArgs<X, P>& a, cudaStream_t stream) {
   constexpr int kLaneColumns = wide_lane_columns(kOutputs, sizeof(Accum<P>));
   constexpr int kV = vector_columns<X, kVectors>(kLaneColumns), kVecs = kLaneColumns / kV;
   constexpr int kRows = static_cast<int>(at_least(1, kWideSlots / kVecs));
   using S = Tile<X, P, kV, kVecs, kOutputs, kRows>;
-  using Feed = std::conditional_t<kVectors, RingFeed<S>, RegisterFeed<S>>;
+  using Feed = typename FeedOf<S, kVectors>::type;
   const auto kernel = one_pass_wide_kernel<S, Feed>;
   const int threads = static_cast<int>(round_up(ceil_div(a.shape.I, kLaneColumns), kWarp));
   const int64_t shared_bytes = Feed::shared_bytes(threads);

@@ -168,9 +168,18 @@ def plan_of_shapes(case: Case, shapes: dict[str, Shape]) -> Plan:
 
 
 class Memory:
-    """The tensors of a plan, in memory of their own."""
+    """The tensors of a plan, in memory of their own.
 
-    def __init__(self, plan: Plan, in_float64: bool = False) -> None:
+    Args:
+        plan: what they are.
+        in_float64: floating-point ones are float64.
+        off_by: relative, at most; each element by another share of it, up or down.
+        seed: of those shares.
+    """
+
+    def __init__(
+        self, plan: Plan, in_float64: bool = False, off_by: float = 0.0, seed: int = 0
+    ) -> None:
         if not plan.starts:
             plan.fill()
         self._plan = plan
@@ -178,6 +187,10 @@ class Memory:
         for name, (start, _) in plan.starts.items():
             is_wide = in_float64 and start.dtype.is_floating_point
             self.arenas[name] = start.to(torch.float64 if is_wide else start.dtype, copy=True)
+            if off_by != 0.0 and start.dtype.is_floating_point:
+                generator = torch.Generator().manual_seed(seed)
+                shares = torch.rand(start.shape, generator=generator, dtype=torch.float64) * 2 - 1
+                self.arenas[name] *= 1 + off_by * shares
         self.tensors: dict[str, Tensor] = {
             name: self.arenas[p.host or name].as_strided(p.shape, p.strides, p.offset)
             for name, p in plan.places.items()
