@@ -225,8 +225,9 @@ class SGD(torch.optim.SGD):
                 grads,
                 bufs,
                 has_sparse_grad=has_sparse_grad,
-                # None: over the tensors of a device at once where that is faster.
-                foreach=False if self.defaults["differentiable"] else None,
+                # None: over the tensors of a device at once where that is faster. With nesterov
+                # that adds the momentum to p.grad itself.
+                foreach=False if self.defaults["differentiable"] or group["nesterov"] else None,
                 lr=group["lr"],
                 momentum=group["momentum"],
                 dampening=group["dampening"],

@@ -139,8 +139,8 @@ class TrainStep:
             reasons += reasons_of_head
             if not has_update:
                 reasons.append(
-                    "the last two lines are two: the optimizer is not fused_step.SGD or "
-                    "torch.optim.SGD itself, or has been changed, or has hooks"
+                    "optimizer.step() and zero_grad() are called as they are: the optimizer is not "
+                    "fused_step.SGD or torch.optim.SGD itself, or has been changed, or has hooks"
                 )
         reasons = list(dict.fromkeys(reasons))  # some hold for more than one plan
         return "\n".join([f"plan: {plan}", *(f"not deeper: {reason}" for reason in reasons)])

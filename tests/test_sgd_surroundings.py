@@ -312,3 +312,22 @@ def test_dtensor_parameters(tmp_path):
             assert isinstance(momentum_of(optimizers[0], weight), DTensor)
     finally:
         dist.destroy_process_group()
+
+
+def test_nesterov_leaves_gradients_that_torch_updates_as_they_are(monkeypatch):
+    """torch's update of many tensors at once, the default on CUDA, adds the momentum to p.grad."""
+    taken = []
+    update = fused_step.optim.sgd
+
+    def noted(*args, foreach, **keywords):
+        taken.append(foreach)
+        return update(*args, foreach=foreach, **keywords)
+
+    monkeypatch.setattr(fused_step.optim, "sgd", noted)
+    for nesterov in (False, True):
+        param = torch.nn.Parameter(torch.ones(3, dtype=torch.complex64))  # torch's to update
+        optimizer = fused_step.SGD([param], lr=0.1, momentum=0.9, nesterov=nesterov)
+        param.grad = torch.ones_like(param)
+        optimizer.step()
+        assert torch.equal(param.grad, torch.ones_like(param))
+    assert taken == [None, False]

@@ -559,7 +559,7 @@ def test_explain_gives_the_reasons_of_each_plan():
     assert "in Residual" in said(Residual())
     with_adam = said(layers, make=OPTIMIZERS["AdamW"])
     assert with_adam.startswith("plan: head\n")
-    assert "the last two lines are two" in with_adam
+    assert "optimizer.step() and zero_grad() are called as they are" in with_adam
     with_l1 = said(layers, nn.L1Loss(), OPTIMIZERS["AdamW"])
     assert with_l1.startswith("plan: plain\n")
     assert with_l1.count("the loss is L1Loss") == 1
