@@ -23,6 +23,7 @@ CASES = (
     NetCase("deep", "64×13→32→32→32→1", 64, (13, 32, 32, 32, 1), targets=_NOT_SLOWER),
     NetCase("wide", "4096×64→1024→1", 4096, (64, 1024, 1), targets=_NOT_SLOWER),
     NetCase("square", "1024×512→512→512", 1024, (512, 512, 512), targets=_NOT_SLOWER),
+    NetCase("large", "16×64→4096→4096", 16, (64, 4096, 4096), targets=_NOT_SLOWER),
     NetCase(
         "frozen",
         "4096×64→1024→1, frozen body",
@@ -54,7 +55,7 @@ BENCHMARK = driver.Benchmark(
     contestants=contestants,
     subject="step",
     again="step_again",
-    full=Protocol(case_seconds=12.0, budget_seconds=60.0),
+    full=Protocol(case_seconds=12.0, budget_seconds=70.0),
 )
 
 if __name__ == "__main__":

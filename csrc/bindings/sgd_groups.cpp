@@ -177,8 +177,7 @@ bool SgdReader::read(PyObject* optimizer, Verdict& v, Watch& watch, SgdReading& 
       v.against(true,
                 "a param group has an option that is not fused (lr, momentum, dampening and "
                 "weight_decay as numbers of at most 60000, lr also as a tensor of one element "
-                "without grad, "
-                "differentiable=False)");
+                "without grad, differentiable=False)");
       return false;
     }
     PyObject* const momentum_dtype = is_fused ? get_item(group, n.momentum_dtype) : nullptr;

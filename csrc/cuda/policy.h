@@ -241,6 +241,14 @@ constexpr Plan choose_plan(const LinearShape& s, int64_t x_bytes, int64_t param_
   return idle ? Plan::kGemm : Plan::kOnePass;
 }
 
+// For a loss and its gradients, which tiny does not make.
+constexpr Plan choose_gradient_plan(const LinearShape& s, int64_t x_bytes, int64_t param_bytes) {
+  const Plan plan = choose_plan(s, x_bytes, param_bytes);
+  if (plan != Plan::kTiny) return plan;
+  return fits_one_pass(s.I, s.O, x_bytes, accum_bytes_of(param_bytes)) ? Plan::kOnePass
+                                                                       : Plan::kGemm;
+}
+
 // Whether a product of W's shape has a tile of 128 x 128 for each multiprocessor of an H200. If
 // not, a library may share its sum out and round each part to the type that it writes.
 constexpr bool fills_gpu(int64_t I, int64_t O) {

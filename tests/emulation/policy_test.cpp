@@ -66,6 +66,11 @@ TEST(plan_follows_the_sizes) {
           const Plan plan = choose_plan({B, I, O}, bytes, bytes);
           if (plan == Plan::kTiny) check(fits_tiny(I, O, accum), "tiny");
           if (plan == Plan::kOnePass) check(fits_one_pass(I, O, bytes, accum), "one-pass");
+          const Plan of_gradients = choose_gradient_plan({B, I, O}, bytes, bytes);
+          check(of_gradients != Plan::kTiny, "tiny makes no gradients");
+          if (of_gradients == Plan::kOnePass) {
+            check(fits_one_pass(I, O, bytes, accum), "one-pass for gradients");
+          }
         }
       }
     }
