@@ -55,7 +55,7 @@ BENCHMARK = driver.Benchmark(
     contestants=contestants,
     subject="step",
     again="step_again",
-    full=Protocol(case_seconds=12.0, budget_seconds=70.0),
+    full=Protocol(case_seconds=12.0, budget_seconds=90.0),
 )
 
 if __name__ == "__main__":
