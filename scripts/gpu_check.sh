@@ -168,13 +168,13 @@ if ((built == 0)) && [[ -n $gpu && $part != bench ]]; then
 fi
 if ((built == 0)) && [[ -n $gpu && $part != check ]]; then
     if [[ $part == all ]]; then
-        limits=(45 150) how=(--quick)
+        limits=(45 150) optim=(--quick) steps=(--quick)
     else
-        limits=(110 360) how=()
+        limits=(110 370) optim=(--seconds 80) steps=(--seconds 320)
     fi
     stage "benchmark of the optimizer" "${limits[0]}" \
-        "$python" benchmarks/bench_gpu_optim.py "${how[@]}" --out results
-    stage benchmark "${limits[1]}" "$python" benchmarks/bench_gpu.py "${how[@]}" --out results
+        "$python" benchmarks/bench_gpu_optim.py "${optim[@]}" --out results
+    stage benchmark "${limits[1]}" "$python" benchmarks/bench_gpu.py "${steps[@]}" --out results
     # What the pictures show is in there.
     cp results/*.json results/*.md "$out"
 fi
