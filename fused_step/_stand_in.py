@@ -107,7 +107,7 @@ class HeadStep:
     def step(self, hidden: Any, target: Tensor) -> None:
         """Not fused."""
 
-    def gradients(self, hidden: Any, target: Tensor) -> None:
+    def loss(self, hidden: Any, target: Tensor) -> None:
         """Not fused."""
 
     def explain(self, input: Tensor, target: Tensor) -> tuple[bool, list[str]]:
