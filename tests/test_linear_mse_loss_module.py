@@ -305,15 +305,18 @@ def test_other_models_need_a_loss_function():
         fused_step.TrainStep(model, None, optimizer)
 
 
+class Net(nn.Module):
+    """A network that gives its loss itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Linear(5, 4), fused_step.LinearMSELoss(4, 3)
+
+    def forward(self, input, target):
+        return self.head(torch.relu(self.body(input)), target)
+
+
 def test_model_with_a_head_is_traced_by_fx():
-    class Net(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.body, self.head = nn.Linear(5, 4), fused_step.LinearMSELoss(4, 3)
-
-        def forward(self, input, target):
-            return self.head(self.body(input), target)
-
     net = Net()
     traced = torch.fx.symbolic_trace(net)
     x, t = torch.randn(7, 5), torch.randn(7, 3)
@@ -321,14 +324,6 @@ def test_model_with_a_head_is_traced_by_fx():
 
 
 def test_model_of_any_class_may_give_the_loss_itself():
-    class Net(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.body, self.head = nn.Linear(5, 4), fused_step.LinearMSELoss(4, 3)
-
-        def forward(self, input, target):
-            return self.head(torch.relu(self.body(input)), target)
-
     ours = Net()
     theirs = copy.deepcopy(ours)
     optimizer = torch.optim.SGD(theirs.parameters(), lr=0.1)

@@ -730,28 +730,16 @@ def complex_learning_rate(world):
     world.model.zero_grad()
 
 
-@scenario("at most 60000", name="learning rate beyond the range of float32")
-def large_learning_rate(world):
-    world.optimizer.param_groups[0]["lr"] = 1e39
-    yield
-    world.optimizer.param_groups[0]["lr"] = 0.05
-    world.model.zero_grad()
+for _option in ("lr", "weight_decay", "dampening"):
 
-
-@scenario("at most 60000", name="weight decay beyond the range of float32")
-def large_weight_decay(world):
-    world.optimizer.param_groups[0]["weight_decay"] = -1e39
-    yield
-    world.optimizer.param_groups[0]["weight_decay"] = 0.0
-    world.model.zero_grad()
-
-
-@scenario("at most 60000", name="dampening beyond the range of float32")
-def large_dampening(world):
-    world.optimizer.param_groups[0]["dampening"] = 1e39
-    yield
-    world.optimizer.param_groups[0]["dampening"] = 0.0
-    world.model.zero_grad()
+    @scenario("at most 60000", name=f"{_option} beyond the range of float32")
+    def large_option(world, option=_option):
+        group = world.optimizer.param_groups[0]
+        before = group[option]
+        group[option] = 1e39
+        yield
+        group[option] = before
+        world.model.zero_grad()
 
 
 @scenario("grad_dtype", name="gradients in a dtype of their own")

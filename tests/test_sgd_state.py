@@ -272,6 +272,24 @@ def test_bad_options_of_our_own(options, error, message):
         fused_step.SGD([torch.ones(3)], **options)
 
 
+@pytest.mark.parametrize("option", ("lr", "weight_decay", "dampening"))
+def test_option_beyond_the_range_of_the_dtype_is_torchs_error(option):
+    errors = []
+    for make in (fused_step.SGD, torch_sgd):
+        param = Parameter(torch.ones(3))
+        optimizer = make([param], **MOMENTUM)
+        for _ in range(2):  # the second has a history to dampen
+            param.grad = torch.ones(3)
+            optimizer.step()
+        before = param.detach().clone()
+        optimizer.param_groups[0][option] = 1e39
+        with pytest.raises(RuntimeError) as error:
+            optimizer.step()
+        errors.append(str(error.value))
+        assert torch.equal(param, before)
+    assert errors[0] == errors[1]
+
+
 def test_max_grad_norm_may_be_any_real_number():
     for number in (1, np.float32(1), np.int64(1), fractions.Fraction(1)):
         assert fused_step.SGD([torch.ones(3)], max_grad_norm=number).max_grad_norm == 1.0

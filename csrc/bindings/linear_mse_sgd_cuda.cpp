@@ -176,7 +176,7 @@ void gemm_step(const LinearSgdState& state, RowTensors batch, void* loss, Device
     // cuBLAS adds W in the epilogue, to the whole sum and in the type that it sums in, and rounds
     // once: no block after block of rows is added to W, as a CPU's BLAS does (docs/plans.md). With
     // fewer tiles than multiprocessors it may share the sum out, and round the shares of a 16-bit
-    // result to 16 bits: gemm_update_factor() lets it not.
+    // result to 16 bits: gemm_update_factor() keeps those out.
     at::Tensor weight = state.weight;
     weight.addmm_(r.t(), batch.x, 1.0, factor);
   } else {

@@ -20,15 +20,19 @@ const at::Tensor& tensor_of(PyObject* object) { return THPVariable_Unpack(object
 
 PyObject* to_python(at::Tensor tensor) { return THPVariable_Wrap(std::move(tensor)); }
 
+namespace {
+
 // Where the version of torch has it: another dtype for the gradient, or leave to have any.
 template <typename Meta>
-static bool has_grad_dtype(const Meta& meta, at::ScalarType dtype) {
+bool has_grad_dtype(const Meta& meta, at::ScalarType dtype) {
   if constexpr (requires { meta.grad_dtype_.has_value() || meta.allow_grad_dtype_mismatch_; }) {
     return meta.grad_dtype_.value_or(dtype) != dtype || meta.allow_grad_dtype_mismatch_;
   } else {
     return false;
   }
 }
+
+}  // namespace
 
 bool changes_gradient(PyObject* object) {
   namespace impl = torch::autograd::impl;

@@ -45,8 +45,10 @@ cudaError_t launch_wide(const OnePassArgs<X, P>& a, cudaStream_t stream) {
   const auto kernel = one_pass_wide_kernel<S, Feed>;
   const int threads = static_cast<int>(round_up(ceil_div(a.shape.I, kLaneColumns), kWarp));
   const int64_t shared_bytes = Feed::shared_bytes(threads);
-  const cudaError_t error = allow_shared(kernel, shared_bytes);
-  if (error != cudaSuccess) return error;
+  if constexpr (kVectors) {
+    const cudaError_t error = allow_shared(kernel, shared_bytes);
+    if (error != cudaSuccess) return error;
+  }
   return launch(kernel, dim3(static_cast<unsigned>(a.chunks.count)), threads, shared_bytes, stream,
                 a);
 }

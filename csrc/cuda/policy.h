@@ -26,10 +26,10 @@ constexpr int kWarp = 32;
 constexpr int64_t kVectorBytes = 16;
 
 // One-pass keeps W and dW of a thread's columns in registers. Each output takes two multiply-adds
-// for an element, and for a row its share of the exchange between lanes and of the residual:
-// counted in what nvcc makes of the loop, a multiprocessor gets through 17 bytes of x per cycle at
-// 4 outputs of float or 2 of 16 bit, at best, and through 6 and 3 at 8. Two GEMMs, which read x
-// twice, get through some 8.
+// for an element, and for a row five shuffles in every lane: at 8 outputs of float 40 of them for
+// the 512 bytes of a warp's row, of which a multiprocessor does one a cycle, 13 bytes of x per
+// cycle before any arithmetic. Two GEMMs read x twice, and so get through half of the 19 at best.
+// Where the one overtakes the other is a count of instructions, for a GPU to correct.
 constexpr int64_t kMaxOnePassOutputs = 4;
 constexpr int64_t one_pass_outputs(int64_t x_bytes) {
   return x_bytes == 2 ? 2 : kMaxOnePassOutputs;

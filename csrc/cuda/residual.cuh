@@ -98,8 +98,7 @@ __global__ void __launch_bounds__(kResidualThreads, kResidualBlocks)
   if (thread == 0) loss_sums(r.scratch, g, r.O, chunk)[group] = loss;
 
   if (!arrives_last(r.scratch.tickets + group, g.chunks)) return;
-  for (int64_t tile = group; tile < g.tiles; tile += g.groups) {
-    if (r.dbias == nullptr) break;
+  for (int64_t tile = group; r.dbias != nullptr && tile < g.tiles; tile += g.groups) {
     // Each team has its share of the chunks.
     const int64_t o = tile * columns + thread % columns;
     double sum[1] = {};

@@ -460,6 +460,15 @@ def scales_of(case: Case, world: World, steps: int, factor: float) -> dict[str, 
     return {"input": max(changed), "target": max(changed), **found}
 
 
+# An element's way through a step: product and sum of the gradient, its factor, decay, momentum,
+# dampening, the learning rate and the update.
+ROUNDINGS_OF_A_STEP = 8
+# Random ones, whose effects are added: one alone may happen to cancel.
+DISTURBANCES = 4
+# Less than this times the data does not stand out from float64's own rounding after a few steps.
+SMALLEST_SHOWN = 2.0**-40
+
+
 def writes_what_it_reads(case: Case) -> bool:
     """Whether an update changes more than the elements it is for."""
     written = ("weight", "bias", "weight_buffer", "bias_buffer")
@@ -477,16 +486,15 @@ def add_amplified(
     data by the next step, and may be made of other updates. So it is measured, in float64.
     """
     exact = outcome(ours=False, in_float64=True)
-    for seed in range(4):
-        # Not less than what float64 can show.
-        off_by = max(eps, 2.0**-40)
+    off_by = max(eps, SMALLEST_SHOWN)
+    for seed in range(DISTURBANCES):
         off = outcome(ours=False, in_float64=True, off_by=off_by, seed=seed)
         for name, value in exact.tensors.items():
             other = off.tensors.get(name)
             if value is None or other is None or name not in scales or value.numel() == 0:
                 continue
             largest = float((other - value).abs().nan_to_num(0.0).max())
-            scales[name] += 8 * factor * largest / off_by
+            scales[name] += ROUNDINGS_OF_A_STEP * factor * largest / off_by
 
 
 def assert_like_the_loop(
