@@ -134,7 +134,7 @@ elif [[ -z $gpu ]]; then
     stage "suite, a part of it, on the CPU" 900 "${pytest[@]}" --junitxml=suite.xml \
         tests/test_info.py tests/test_op_linear_mse_sgd.py tests/test_train_step_resume.py \
         tests/test_cuda.py tests/test_sgd_cuda.py
-    for name in suite memcheck racecheck; do not_run "$name" "there is no GPU"; done
+    for name in "suite of CUDA" suite memcheck racecheck; do not_run "$name" "there is no GPU"; done
     stage "sanitizer's set, on the CPU, without a sanitizer" 300 \
         "$python" scripts/sanitizer_set.py --device cpu
     stage "benchmark, rehearsed on the CPU" 600 "$python" benchmarks/bench_gpu.py --rehearse
