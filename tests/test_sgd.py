@@ -309,14 +309,16 @@ def test_step_works_on_whatever_grad_mode():
         twins.check()
 
 
-@pytest.mark.parametrize("count", (1, 600))  # of the latter, threads see to a part each
-def test_every_written_tensor_has_a_new_version(count):
-    weights = [Parameter(torch.ones(5)) for _ in range(count)]
+# Of the second, threads see to a part each; of the third, to parts of one tensor.
+@pytest.mark.parametrize("sizes", ((5,), (5,) * 600, (0, 3, 0, 0, 200_000, 0)), ids=len)
+def test_every_written_tensor_has_a_new_version(sizes):
+    torch.set_num_threads(2)
+    weights = [Parameter(torch.ones(n)) for n in sizes]
     loose = Parameter(torch.ones(5))
     optimizer = fused_step.SGD([*weights, loose], **MOMENTUM)
     for _ in range(2):
         for weight in weights:
-            weight.grad = torch.ones(5)
+            weight.grad = torch.ones_like(weight)
         before = [p._version for p in (*weights, loose)]
         optimizer.step()
         assert [p._version for p in (*weights, loose)] == [

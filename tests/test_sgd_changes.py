@@ -86,6 +86,28 @@ def grad_copies_on_write(optimizer, params):
     params[CHANGED].grad = torch._lazy_clone(params[CHANGED].grad)
 
 
+class Halving(Parameter):
+    """Takes half of each step."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        if function is Tensor.add_:
+            kwargs["alpha"] = kwargs.get("alpha", 1) * 0.5
+        return super().__torch_function__(function, types, args, kwargs)
+
+
+def class_changed(optimizer, params):
+    params[CHANGED].__class__ = Halving
+
+
+def contents_swapped(optimizer, params):
+    p = params[CHANGED]
+    other = Parameter(p.detach() * 0.5)
+    other.grad = p.grad
+    torch.utils.swap_tensors(p, other)
+
+
 def data_shared(optimizer, params):
     params[CHANGED].data = params[2].data[:24].view(4, 6)
 
@@ -200,6 +222,8 @@ CHANGES: tuple[Change, ...] = (
     data_in_another_order,
     data_of_another_shape,
     data_of_another_shape_than_the_gradient,
+    class_changed,
+    contents_swapped,
     data_shared,
     data_copies_on_write,
     all_data_copies_on_write,

@@ -13,6 +13,7 @@
 
 #include "bindings/engines.h"
 #include "bindings/memory.h"
+#include "bindings/sgd_cpu.h"
 #include "bindings/sgd_items.h"
 
 namespace fused_step {
@@ -49,9 +50,11 @@ class SgdStep {
     int32_t group = 0;
     PyObject* entry = nullptr;  // state[param], null if absent
     uint64_t entry_version = 0;
-    PyObject* buf = nullptr;  // entry["momentum_buffer"], null if absent or None
-    size_t place = 0;         // where its gradient lay among the ranges that are written
-    size_t work = kNoWork;    // index of its work
+    PyObject* buf = nullptr;             // entry["momentum_buffer"], null if absent or None
+    size_t place = 0;                    // where its gradient lay among the ranges that are written
+    size_t work = kNoWork;               // index of its work
+    const PyTypeObject* type = nullptr;  // of param if it is an exact tensor: types that never go
+    const at::Tensor* tensor = nullptr;  // what it holds then
   };
   // What the checks of a parameter and its gradient read, to be prefetched at the next step. Never
   // read through: by then it may be gone.
@@ -104,7 +107,8 @@ class SgdStep {
   bool add_work(Slot& slot, const at::Tensor& param, const at::Tensor& grad, bool writes_grads,
                 const Scaling& scaling);
   bool add_all(bool writes_grads, const Scaling& scaling);
-  bool is_as_before(const Slot& slot, bool writes_grads, bool& grad_moved);
+  bool is_as_before(const Slot& slot, c10::DispatchKeySet keys, bool writes_grads,
+                    bool& grad_moved);
   bool all_are_as_before(bool writes_grads);
   void survey_items();
   bool is_for_cuda(const Slot& slot, c10::Device device, const Scaling& scaling) const;
@@ -112,13 +116,15 @@ class SgdStep {
   bool is_on_one_device() const;
   std::vector<at::Tensor> make_buffers(PyObject* dict, const Scaling& scaling);
   std::vector<Held> hold();
-  void leave_optimizer(PyObject* dict, const std::vector<at::Tensor>& new_bufs, bool wrote_grads,
+  void bump_versions(size_t begin, size_t end, bool wrote_grads) const;
+  void leave_optimizer(PyObject* dict, const std::vector<at::Tensor>& new_bufs,
                        const at::Tensor& norm);
   void drop_grads();
   std::vector<at::Tensor> device_lrs() const;
   at::Tensor update_items(const std::vector<at::Tensor>& lrs, const Scaling& scaling,
                           GradAfter grad_after);
-  at::Tensor update_cpu_items(const std::vector<SgdItem>& items, const Scaling& scaling);
+  at::Tensor update_cpu_items(const std::vector<SgdItem>& items, const Scaling& scaling,
+                              ItemsUpdated updated);
   void run(PyObject* dict, const Scaling& scaling, ZeroGrad zero_grad);
 
   PyObject* groups_list_ = nullptr;
@@ -126,6 +132,7 @@ class SgdStep {
   std::vector<Slot> slots_;
   PyObject* state_ = nullptr;
   uint64_t state_version_ = 0;
+  bool has_entries_ = false;         // some slot may have one
   std::vector<cpu::SgdRule> rules_;  // by group
 
   // Of this step, and until the next one: most of it is the same then.
