@@ -86,7 +86,7 @@ def test_the_norm_is_a_launch_of_its_own():
     assert len(launches_of(lambda: optimizer._engine.update(optimizer, None))) == 2
 
 
-def test_a_pointer_that_changes_is_a_copy_more():
+def test_a_pointer_that_changes_is_a_launch_more():
     params, optimizer = make()
     params[2].grad = params[2].grad.clone()
     launched = launches_of(lambda: optimizer._engine.update(optimizer, None))
@@ -112,6 +112,30 @@ def test_tables_survive_changes_of_everything_in_them():
         optimizer.step()
         torch_optimizer.step()
         assert_same(params, twins)
+
+
+# Of the second, the tables are larger than what a launch takes by value.
+@pytest.mark.parametrize("count", (30, 1500))
+@pytest.mark.parametrize("captured", (False, True))
+def test_tables_of_any_size_reach_the_device(count, captured):
+    params = [copy_of(p) for p in random_params(*(3 + k % 5 for k in range(count)))]
+    twins = [copy_of(p) for p in params]
+    for p, q in zip(params, twins, strict=True):
+        p.grad = torch.full_like(p, 0.5)
+        q.grad = p.grad.clone()
+    optimizer, torch_optimizer = fused_step.SGD(params, **OPTIONS), torch_sgd(twins, **OPTIONS)
+    for _ in range(2):
+        optimizer.step()
+    if captured:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            optimizer.step()
+        graph.replay()
+    else:
+        optimizer.step()
+    for _ in range(3):
+        torch_optimizer.step()
+    assert_same(params, twins)
 
 
 # --- waiting and streams ------------------------------------------------------------------------

@@ -40,10 +40,10 @@ at::Tensor device_bytes(int64_t bytes, c10::Device device) {
   return at::empty({bytes}, at::TensorOptions().dtype(at::kByte).device(device));
 }
 
-// Copies `from` to `memory`, which is made anew where it is too small: by way of pinned memory of
-// the host's caching allocator, which keeps it until the copy is done; where a graph is captured,
-// by value: the graph then needs nothing of the host, and every replay writes the memory that it
-// reads, whoever had it in between.
+// Copies `from` to `memory`, which is made anew where it is too small: by value where it is small,
+// or a graph is captured, which then needs nothing of the host, and every replay writes the memory
+// that it reads, whoever had it in between; otherwise by way of pinned memory of the host's caching
+// allocator, which keeps it until the copy is done.
 template <typename T>
 void upload(const std::vector<T>& from, at::Tensor& memory, c10::cuda::CUDAStream stream,
             bool capturing) {
@@ -54,17 +54,14 @@ void upload(const std::vector<T>& from, at::Tensor& memory, c10::cuda::CUDAStrea
     memory = device_bytes(padded, stream.device());
   }
   if (bytes == 0) return;
-  const at::TensorOptions on_host = at::TensorOptions().dtype(at::kByte);
-  const at::Tensor host = at::empty({padded}, capturing ? on_host : on_host.pinned_memory(true));
-  std::memcpy(host.mutable_data_ptr(), from.data(), static_cast<size_t>(bytes));
-  if (capturing) {
-    std::memset(static_cast<char*>(host.mutable_data_ptr()) + bytes, 0,
-                static_cast<size_t>(padded - bytes));
-    C10_CUDA_CHECK(
-        cuda::launch_put(memory.mutable_data_ptr(), host.const_data_ptr(), padded, stream));
-  } else {
-    memory.narrow(0, 0, bytes).copy_(host.narrow(0, 0, bytes), /*non_blocking=*/true);
+  if (capturing || bytes <= cuda::kMaxPutBytes) {
+    C10_CUDA_CHECK(cuda::launch_put(memory.mutable_data_ptr(), from.data(), bytes, stream));
+    return;
   }
+  const at::Tensor host =
+      at::empty({bytes}, at::TensorOptions().dtype(at::kByte).pinned_memory(true));
+  std::memcpy(host.mutable_data_ptr(), from.data(), static_cast<size_t>(bytes));
+  memory.narrow(0, 0, bytes).copy_(host, /*non_blocking=*/true);
 }
 
 template <typename T>

@@ -434,16 +434,17 @@ bool SgdStep::add_work(Slot& slot, const at::Tensor& param, const at::Tensor& gr
   item.slice = {param_data, grad_data, buf_data, param.numel(), has_momentum && buf == nullptr};
   slot.work = work_.size();
   items_.push_back(item);
-  work_.push_back({&slot, &param, &grad, buf, param.dtype(), LookedAt(param, grad)});
+  work_.push_back(
+      {&slot, &param, &grad, buf, param.key_set(), param.dtype(), LookedAt(param, grad)});
   return true;
 }
 
 // Whether the slot's work is the last step's, but for where its gradient lies. For contiguous
-// tensors on the CPU it takes half the instructions of add_work, which any other goes through
-// again. Called for many slots at once: it takes no reference, and touches nothing that two slots
-// may share. Flattened: with calls of torch's accessors it takes 300 instructions, now 240.
-__attribute__((flatten)) bool SgdStep::is_as_before(const Slot& slot, c10::DispatchKeySet keys,
-                                                    bool writes_grads, bool& grad_moved) {
+// tensors it takes half the instructions of add_work, which any other goes through again. Called
+// for many slots at once: it takes no reference, and touches nothing that two slots may share.
+// Flattened: with calls of torch's accessors it takes 300 instructions, now 240.
+__attribute__((flatten)) bool SgdStep::is_as_before(const Slot& slot, bool writes_grads,
+                                                    bool& grad_moved) {
   if (Py_TYPE(slot.param) != slot.type) return false;
   const at::Tensor& param = *slot.tensor;
   const c10::TensorImpl& p = *param.unsafeGetTensorImpl();
@@ -453,9 +454,15 @@ __attribute__((flatten)) bool SgdStep::is_as_before(const Slot& slot, c10::Dispa
   Work& work = work_[slot.work];
   SgdItem& item = items_[slot.work];
   cpu::SgdSlice& slice = item.slice;
-  if (item.device != kOnCpu || slice.first_step) return false;
+  if (slice.first_step) return false;
   const c10::TensorImpl& g = *grad.unsafeGetTensorImpl();
   const int64_t bytes_each = param_bytes(item.storage);
+  // Of an lr on CUDA, too, type and place would have to be looked at.
+  if (item.device != kOnCpu &&
+      (g.device().index() != item.device || groups_[item.group].lr != nullptr)) {
+    return false;
+  }
+  const c10::DispatchKeySet keys = work.keys;
   void* const grad_data = contiguous_data(g, keys, work.dtype, slice.n, bytes_each, writes_grads);
   if (grad_data == nullptr || !same_sizes(p, g) ||
       contiguous_data(p, keys, work.dtype, slice.n, bytes_each, true) != slice.param) {
@@ -484,7 +491,6 @@ __attribute__((flatten)) bool SgdStep::is_as_before(const Slot& slot, c10::Dispa
 // lie.
 bool SgdStep::all_are_as_before(bool writes_grads) {
   std::atomic<bool> all = true, grads_moved = false;
-  const c10::DispatchKeySet keys = plain_cpu_keys();
   for_each_range(slots_.size(), [&](size_t begin, size_t end) {
     bool moved = false;
     for (size_t k = begin; k < end && all.load(std::memory_order_relaxed); ++k) {
@@ -492,7 +498,7 @@ bool SgdStep::all_are_as_before(bool writes_grads) {
         const size_t ahead = slots_[k + kPrefetchDistance].work;
         if (ahead != kNoWork) work_[ahead].looked_at.prefetch();
       }
-      if (!is_as_before(slots_[k], keys, writes_grads, moved)) all = false;
+      if (!is_as_before(slots_[k], writes_grads, moved)) all = false;
     }
     if (moved) grads_moved = true;
   });

@@ -73,8 +73,9 @@ class SgdStep {
     Slot* slot;
     const at::Tensor* param;
     const at::Tensor* grad;
-    const at::Tensor* buf;   // null before the first step and without momentum
-    caffe2::TypeMeta dtype;  // of the parameter
+    const at::Tensor* buf;     // null before the first step and without momentum
+    c10::DispatchKeySet keys;  // of all three: ordinary tensors of the parameter's kind of device
+    caffe2::TypeMeta dtype;    // of the parameter
     LookedAt looked_at;
   };
   // The same held, for while the loops run another thread may have the GIL. The objects hold the
@@ -107,8 +108,7 @@ class SgdStep {
   bool add_work(Slot& slot, const at::Tensor& param, const at::Tensor& grad, bool writes_grads,
                 const Scaling& scaling);
   bool add_all(bool writes_grads, const Scaling& scaling);
-  bool is_as_before(const Slot& slot, c10::DispatchKeySet keys, bool writes_grads,
-                    bool& grad_moved);
+  bool is_as_before(const Slot& slot, bool writes_grads, bool& grad_moved);
   bool all_are_as_before(bool writes_grads);
   void survey_items();
   bool is_for_cuda(const Slot& slot, c10::Device device, const Scaling& scaling) const;

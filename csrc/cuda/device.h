@@ -28,6 +28,16 @@ cudaError_t launch(void (*kernel)(Params...), dim3 grid, int threads, int64_t sh
                           static_cast<size_t>(shared_bytes), stream);
 }
 
+// What a launch can take by value, and what it can where takes_large_arguments().
+constexpr int64_t kArgumentBytes = 4096;
+constexpr int64_t kLargeArgumentBytes = CUDART_VERSION >= 12010 ? 32764 : kArgumentBytes;
+
+// From CUDA 12.1 on, toolkit and driver.
+inline bool takes_large_arguments() {
+  int driver = 0;
+  return cudaDriverGetVersion(&driver) == cudaSuccess && driver >= 12010;
+}
+
 // The same value, of which the compiler forgets what it knows: what was computed from it before is
 // computed again rather than kept in registers.
 __device__ __forceinline__ void forget(unsigned short& word) { asm volatile("" : "+h"(word)); }

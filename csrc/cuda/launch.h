@@ -191,8 +191,8 @@ struct GradNorm {
 template <typename P>
 cudaError_t launch_grad_norm(const GradNorm<P>& args, cudaStream_t stream);
 
-// Copies `bytes`, a multiple of 16, to device memory by way of the launches' arguments: into a
-// graph they are captured by value, so that no memory of the host has to outlive the capture.
+// Copies `bytes`, and zeros up to a multiple of 16, to device memory by way of the launches'
+// arguments: no memory of the host has to outlive the call, and a graph captures them by value.
 cudaError_t launch_put(void* to, const void* from, int64_t bytes, cudaStream_t stream);
 
 }  // namespace fused_step::cuda

@@ -215,8 +215,15 @@ constexpr int64_t list_chunk(int64_t param_bytes) {
 template <typename P>
 constexpr int64_t kListChunk = list_chunk(sizeof(P));
 
-// What a launch can take by value is 4 KiB; the rest of it is for two more arguments.
-constexpr int kPutWords = 4 * 1024 / kVectorBytes - 2;
+// Words that a launch can take by value beside a pointer and their number.
+constexpr int put_words(int64_t argument_bytes) {
+  return static_cast<int>(argument_bytes / kVectorBytes - 1);
+}
+// Tables up to this size are put: one launch is less work for the host than pinned memory, a copy
+// and the event that tells when it is done.
+constexpr int64_t kMaxPutBytes = 32 * 1024;
+// A warp's threads read arguments one after the other, each its own: the warps are spread.
+constexpr int kPutThreads = 32;
 
 constexpr int64_t accum_bytes_of(int64_t param_bytes) { return at_least(4, param_bytes); }
 

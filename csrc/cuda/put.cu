@@ -14,27 +14,37 @@ struct PutArgs {
   uint4 words[kWords];
 };
 
-// Thread k writes word k.
+// Thread k of all writes word k.
 template <int kWords>
-__global__ void __launch_bounds__(kWords) put_kernel(const __grid_constant__ PutArgs<kWords> a) {
-  const int k = static_cast<int>(threadIdx.x);
+__global__ void __launch_bounds__(kPutThreads)
+    put_kernel(const __grid_constant__ PutArgs<kWords> a) {
+  const int k = static_cast<int>(blockIdx.x) * kPutThreads + static_cast<int>(threadIdx.x);
   if (k < a.count) a.to[k] = a.words[k];
+}
+
+template <int kWords>
+cudaError_t put(uint4* to, const unsigned char* from, int64_t bytes, cudaStream_t stream) {
+  constexpr int64_t kBytes = kWords * int64_t{kVectorBytes};
+  for (int64_t first = 0; first < bytes; first += kBytes) {
+    const int64_t count = at_most(kBytes, bytes - first);
+    PutArgs<kWords> a{};
+    a.to = to + first / kVectorBytes;
+    a.count = ceil_div(count, kVectorBytes);
+    __builtin_memcpy(a.words, from + first, static_cast<size_t>(count));
+    const auto blocks = static_cast<unsigned>(ceil_div(a.count, kPutThreads));
+    const cudaError_t error = launch(put_kernel<kWords>, dim3(blocks), kPutThreads, 0, stream, a);
+    if (error != cudaSuccess) return error;
+  }
+  return cudaSuccess;
 }
 
 }  // namespace
 
 cudaError_t launch_put(void* to, const void* from, int64_t bytes, cudaStream_t stream) {
-  const int64_t words = bytes / kVectorBytes;
-  for (int64_t first = 0; first < words; first += kPutWords) {
-    PutArgs<kPutWords> a{};
-    a.to = static_cast<uint4*>(to) + first;
-    a.count = at_most(kPutWords, words - first);
-    __builtin_memcpy(a.words, static_cast<const uint4*>(from) + first,
-                     static_cast<size_t>(a.count) * sizeof(uint4));
-    const cudaError_t error = launch(put_kernel<kPutWords>, dim3(1), kPutWords, 0, stream, a);
-    if (error != cudaSuccess) return error;
-  }
-  return cudaSuccess;
+  auto* const words = static_cast<uint4*>(to);
+  const auto* const begin = static_cast<const unsigned char*>(from);
+  return takes_large_arguments() ? put<put_words(kLargeArgumentBytes)>(words, begin, bytes, stream)
+                                 : put<put_words(kArgumentBytes)>(words, begin, bytes, stream);
 }
 
 }  // namespace fused_step::cuda

@@ -4,6 +4,7 @@
 #include <string>
 #include <vector>
 
+#include "cuda/device.h"
 #include "emulation/runtime.h"
 #include "tensor_list.h"
 
@@ -174,13 +175,24 @@ TEST(grad_norm_gives_the_same_bits_in_any_order_of_blocks_and_at_any_address) {
 
 TEST(races_grad_norm) { test_norm<float>({3 * kListChunk<float>, 5}, share.part); }
 
-TEST(put_copies_any_number_of_words) {
-  for (const int64_t words : {0, 1, 2, kPutWords - 1, kPutWords, kPutWords + 1, 3 * kPutWords}) {
-    describe("put of %lld words", static_cast<long long>(words));
-    Memory<double> from(2 * words, 0, 1), to(2 * words, 0, static_cast<uint64_t>(words));
-    from.fill_random(2);
-    check(launch_put(to.data(), from.data(), words * kVectorBytes, nullptr) == cudaSuccess,
-          "refused");
-    check(to.equals(from.copy()) && to.intact(), "not a copy");
+TEST(put_copies_any_number_of_bytes) {
+  constexpr int64_t kDoubles = kVectorBytes / sizeof(double);
+  for (const bool large : {false, true}) {
+    emulation::large_arguments = large;
+    const int64_t most = put_words(large ? kLargeArgumentBytes : kArgumentBytes) * kDoubles;
+    const int64_t block = kPutThreads * kDoubles;
+    for (const int64_t n : {int64_t{0}, int64_t{1}, int64_t{2}, int64_t{3}, block, block + 1,
+                            most - 1, most, most + 1, 3 * most + 1}) {
+      describe("put of %lld doubles, at most %lld a launch", static_cast<long long>(n),
+               static_cast<long long>(most));
+      const int64_t padded = round_up(n, kDoubles);
+      Memory<double> from(n, 0, 1), to(padded, 0, static_cast<uint64_t>(n));
+      from.fill_random(2);
+      check(launch_put(to.data(), from.data(), n * int64_t{sizeof(double)}, nullptr) == cudaSuccess,
+            "refused");
+      std::vector<double> expected = from.copy();
+      expected.resize(static_cast<size_t>(padded), 0.0);
+      check(to.equals(expected) && to.intact(), "not a copy");
+    }
   }
 }

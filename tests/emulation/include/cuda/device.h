@@ -34,6 +34,11 @@ cudaError_t launch(void (*kernel)(Params...), dim3 grid, int threads, int64_t sh
              : cudaErrorInvalidValue;
 }
 
+constexpr int64_t kArgumentBytes = 4096;
+constexpr int64_t kLargeArgumentBytes = 32764;
+
+inline bool takes_large_arguments() { return ::emulation::large_arguments; }
+
 template <typename Word>
 void forget(Word&) {}
 

@@ -59,6 +59,9 @@ bool allow_shared(const void* kernel, int64_t bytes);
 bool launch(const void* kernel, dim3 grid, int threads, int64_t shared_bytes,
             void (*body)(const void*), const void* argument);
 
+// Whether a launch takes more than 4 KiB by value, as newer drivers have it.
+inline bool large_arguments = true;
+
 void barrier(Site site);
 void sync_warp(unsigned mask, Site site);
 // Exchanges current->given for current->taken.
