@@ -51,8 +51,8 @@ template <typename T>
 void serial_steps(const cpu::Rows<T>& data, int64_t batch_size, int64_t first_row, int64_t steps,
                   Reduction reduction, const cpu::LinearParams<T>& params, Workspace& workspace,
                   T* losses) {
-  cpu::kernels<T>().serial_steps({data, batch_size, first_row, steps, reduction, params,
-                                  reserve_partials<T>(workspace, 1, params.O, params.I), losses});
+  cpu::run_serial_steps<T>({data, batch_size, first_row, steps, reduction, params,
+                            reserve_partials<T>(workspace, 1, params.O, params.I), losses});
 }
 
 template <typename T>

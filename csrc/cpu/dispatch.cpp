@@ -21,6 +21,10 @@ FUSED_STEP_DECLARE_TABLES(baseline)
 #if defined(__x86_64__)
 FUSED_STEP_DECLARE_TABLES(avx2)
 FUSED_STEP_DECLARE_TABLES(avx512)
+namespace avx2_short {
+void float_steps(const SerialSteps<float>& a);
+void double_steps(const SerialSteps<double>& a);
+}  // namespace avx2_short
 #endif
 
 namespace {
@@ -109,5 +113,38 @@ const WideningKernels<Float16>& widening_kernels<Float16>() {
 }
 
 const SgdKernels& sgd_kernels() { FUSED_STEP_PICK_TABLE(kSgdKernels) }
+
+namespace {
+
+template <typename T>
+bool is_one_row_of(int64_t bytes, const LinearParams<T>& p) {
+  return p.O == 1 && p.I > 0 && p.I * static_cast<int64_t>(sizeof(T)) <= bytes;
+}
+
+}  // namespace
+
+#if defined(__x86_64__)
+#define FUSED_STEP_PICK_STEPS(short_steps, table)                                \
+  if (isa_used() != Isa::kBaseline) {                                            \
+    if (is_one_row_of(16, steps.params)) return avx2_short::short_steps(steps);  \
+    if (is_one_row_of(32, steps.params)) return avx2::table.serial_steps(steps); \
+  }
+#else
+#define FUSED_STEP_PICK_STEPS(short_steps, table)
+#endif
+
+template <>
+void run_serial_steps<float>(const SerialSteps<float>& steps) {
+  if (steps.steps <= 0) return;
+  FUSED_STEP_PICK_STEPS(float_steps, kFloatKernels)
+  kernels<float>().serial_steps(steps);
+}
+
+template <>
+void run_serial_steps<double>(const SerialSteps<double>& steps) {
+  if (steps.steps <= 0) return;
+  FUSED_STEP_PICK_STEPS(double_steps, kDoubleKernels)
+  kernels<double>().serial_steps(steps);
+}
 
 }  // namespace fused_step::cpu

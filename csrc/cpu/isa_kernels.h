@@ -9,6 +9,8 @@ namespace fused_step::cpu {
 #include "cpu/one_pass.h"
 
 #include "cpu/gemm_passes.h"
+#include "cpu/register_steps.h"
+
 #include "cpu/serial_steps.h"
 #include "cpu/sgd.h"
 #include "cpu/widening.h"

@@ -152,7 +152,7 @@ struct Kernels {
   // Rows and columns of dW likewise.
   void (*one_pass_grad)(const OnePassGrad<T>&, int64_t o_begin, int64_t o_end, int64_t i_begin,
                         int64_t i_end);
-  void (*serial_steps)(const SerialSteps<T>&);
+  void (*serial_steps)(const SerialSteps<T>&);  // one or more, by way of run_serial_steps()
   void (*residual_chunk)(const ResidualChunk<T>&);
   void (*sgd)(const SgdPass<T>&);
 };
@@ -210,5 +210,10 @@ const Kernels<T>& kernels();
 template <typename S>
 const WideningKernels<S>& widening_kernels();
 const SgdKernels& sgd_kernels();
+
+// Steps by the instruction set in use, and the shortest of its vectors that hold a row of W: the
+// tiles of a step are as high as a vector is long.
+template <typename T>
+void run_serial_steps(const SerialSteps<T>& steps);
 
 }  // namespace fused_step::cpu

@@ -215,6 +215,7 @@ FUSED_STEP_INLINE Vec<Accum<S>> load_first(const S* p, const FirstLanes<Accum<S>
       return (Vec<S>)_mm256_maskload_pd(p, (__m256i)lanes.bits);
     }
 #else
+    if (lanes.n == kLanes<S>) return load(p);
     Vec<S> v{};
     for (int k = 0; k < kLanes<S>; ++k) {
       if (k < lanes.n) v[k] = p[k];

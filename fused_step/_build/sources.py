@@ -30,6 +30,7 @@ CPU_SOURCES = (
     "bindings/world.cpp",
     "cpu/dispatch.cpp",
     "cpu/isa_avx2.cpp",
+    "cpu/isa_avx2_short.cpp",
     "cpu/isa_avx512.cpp",
     "cpu/isa_baseline.cpp",
 )

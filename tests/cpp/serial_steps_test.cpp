@@ -37,8 +37,8 @@ template <typename T>
 void run_steps(const Data<T>& data, Layer<T>& layer, const Steps& k, Partials<T>& workspace,
                T* losses) {
   poison_stack();
-  kernels<T>().serial_steps({data.rows(), k.batch_size, k.first_row, k.steps, k.reduction,
-                             layer.params(), workspace.get(), losses});
+  run_serial_steps<T>({data.rows(), k.batch_size, k.first_row, k.steps, k.reduction, layer.params(),
+                       workspace.get(), losses});
 }
 
 // All steps together change a fraction of the weight, so that errors do not grow from step to step:

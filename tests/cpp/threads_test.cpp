@@ -348,8 +348,8 @@ TEST(serial_steps_of_two_threads_do_not_disturb_each_other) {
         : layer(s, kOptions, kOptions), partial(s.O, s.I, 1), losses(40, 1) {}
   };
   const auto train = [&](Trained& t) {
-    kernels<float>().serial_steps({data.rows(), 5, 0, t.losses.n(), Reduction::kMean,
-                                   t.layer.params(), t.partial.get(), t.losses.data()});
+    run_serial_steps<float>({data.rows(), 5, 0, t.losses.n(), Reduction::kMean, t.layer.params(),
+                             t.partial.get(), t.losses.data()});
   };
   for_each_isa([&](const char* isa) {
     describe("serial steps, %s", isa);
