@@ -10,6 +10,7 @@ from loss_oracle import HEAD, NAMES, NEEDS, REDUCTIONS, LossProblem, fused_loss,
 from torch import Tensor
 from torch._dynamo import compiled_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils._python_dispatch import TorchDispatchMode
 
 SHAPES = [(7, 5, 1), (7, 5, 3), (7, 5, 35)]
 each_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -75,6 +76,71 @@ def test_second_backward_with_retain_graph_adds_the_same_again(shape, reduction)
     loss.backward(problem.grad_output)
     for t, gradient in zip(tensors[:3], first, strict=True):
         assert torch.equal(t.grad, 2 * gradient)
+
+
+class Operators(TorchDispatchMode):
+    """Names of the operators that run."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+@each_shape
+def test_last_backward_needs_no_memory_for_the_gradients(shape):
+    """What was made in the forward pass is multiplied in place, once nobody else may want it."""
+    problem = LossProblem.random(*shape)
+    for retain_graph, expected in ((True, "aten.mul.Tensor"), (False, "aten.mul_.Tensor")):
+        loss = fused_loss(*leaves(problem), "mean")
+        with Operators() as operators:
+            loss.backward(problem.grad_output, retain_graph=retain_graph)
+        assert operators.names.count(expected) >= 3, operators.names  # input, weight, bias
+
+
+def test_what_a_saved_tensor_hook_has_kept_is_left_alone():
+    problem = LossProblem.random(7, 5, 3)
+    kept, copies = [], []
+
+    def pack(t):
+        kept.append(t)
+        copies.append(t.clone())
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        loss = fused_loss(*leaves(problem), "mean")
+    loss.backward(problem.grad_output)
+    assert kept
+    for t, copy in zip(kept, copies, strict=True):
+        assert torch.equal(t, copy)
+
+
+class Keeper(TorchDispatchMode):
+    """Keeps all that operators return, and copies of it."""
+
+    def __init__(self):
+        super().__init__()
+        self.kept = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for t in result if isinstance(result, tuple) else (result,):
+            self.kept.append((t, t.detach().clone()))
+        return result
+
+
+def test_what_a_dispatch_mode_has_kept_is_left_alone():
+    problem = LossProblem.random(7, 5, 3)
+    tensors = leaves(problem)
+    with Keeper() as keeper:
+        loss = fused_loss(*tensors, "mean")
+    loss.backward(problem.grad_output)
+    assert len(keeper.kept) > 3
+    for t, copy in keeper.kept:
+        assert torch.equal(t, copy)
 
 
 @each_reduction

@@ -35,8 +35,8 @@ std::string why_no_deeper_on_cpu(cpu::Plan plan, int64_t O) {
     return "one-pass serves up to " + std::to_string(cpu::kMaxOnePassOutputs) +
            " outputs, the layer has " + std::to_string(O);
   }
-  return "with few rows, or rows too long for the cache, two threaded GEMMs are faster than "
-         "one-pass";
+  return "with few rows, rows too long for the cache, or many weights in bfloat16 on a processor "
+         "that multiplies it, two threaded GEMMs are faster than one-pass";
 }
 
 }  // namespace

@@ -19,6 +19,7 @@
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/csrc/autograd/function.h>
 #include <torch/csrc/autograd/functions/utils.h>
+#include <torch/csrc/autograd/graph_task.h>
 #include <torch/csrc/autograd/saved_variable.h>
 #include <torch/csrc/dynamo/compiled_autograd.h>
 #include <torch/library.h>
@@ -30,6 +31,7 @@
 
 #include "bindings/autograd_node.h"
 #include "bindings/dtypes.h"
+#include "bindings/engines.h"
 #include "bindings/linear_mse.h"
 
 namespace fused_step {
@@ -151,13 +153,21 @@ class LinearMseBackward : public torch::autograd::Node {
     return mean_ ? at::mul(wide, at::Scalar(2.0 / numel_)) : at::mul(wide, 2.0);
   }
 
+  // Whether `t`, unpacked from `saved`, is an ordinary tensor that nobody will see again: this pass
+  // frees the graph. It may be overwritten then, which spares the pages of another as large.
+  static bool is_last_use(const SavedVariable& saved, const at::Tensor& t) {
+    return !torch::autograd::get_current_graph_task_keep_graph() && !saved.has_hooks() &&
+           has_plain_keys(t) && t.use_count() == 2 && t.storage().use_count() == 1;
+  }
+
   void from_stash(const at::Tensor& grad, variable_list& wanted) const {
     // Nothing to sum over: zeros, whatever the factor (2 / 0) may be.
     const at::Tensor factor = empty_ ? at::Tensor() : dy_factor(grad);
     const auto scaled = [&](const SavedVariable& saved) {
-      const at::Tensor t = saved.unpack();
+      at::Tensor t = saved.unpack();
+      if (empty_) return at::zeros_like(t);
       // With a factor of no dimensions a 16-bit tensor is multiplied in float and rounded once.
-      return empty_ ? at::zeros_like(t) : at::mul(t, factor);
+      return is_last_use(saved, t) && has_plain_keys(factor) ? t.mul_(factor) : at::mul(t, factor);
     };
     for (size_t k = 0; k < stash_.size(); ++k) {
       if (task_should_compute_output(k)) wanted[k] = scaled(stash_[k]);

@@ -9,6 +9,7 @@
 
 #include <vector>
 
+#include "bindings/linear_mse_bfloat16.h"
 #include "bindings/linear_mse_passes.h"
 #include "bindings/linear_mse_widened.h"
 #include "core/mse_math.h"
@@ -120,7 +121,7 @@ void gemm_widened(const Batch& b) {
   Workspace workspace;
   std::vector<double> sums(static_cast<size_t>(sums_stride(b.O())));
   double *const dbias = sums.data(), *const loss = dbias + b.O();
-  widened_gemm(widened<X, P>(b), b.dweight, dbias, loss, workspace);
+  gemm_16_bit(widened<X, P>(b), b.dweight, dbias, loss, workspace);
   finish_sums<P>(b, dbias, loss, 1);
 }
 
@@ -128,8 +129,10 @@ template <typename X, typename P>
 void compute(Batch& b) {
   const cpu::Plan plan =
       cpu::choose_plan({b.B(), b.I(), b.O()}, static_cast<int64_t>(sizeof(Accum<X>)));
+  constexpr bool kBFloat16 = std::is_same_v<X, BFloat16> && std::is_same_v<P, BFloat16>;
   // One-pass has each residual in registers only.
-  const bool one_pass_fits = plan == cpu::Plan::kOnePass && !b.residual.defined();
+  const bool one_pass_fits = plan == cpu::Plan::kOnePass && !b.residual.defined() &&
+                             !(kBFloat16 && bfloat16_gemm_beats_one_pass({b.B(), b.I(), b.O()}));
   if constexpr (kIs16Bit<X>) {
     one_pass_fits ? one_pass_widened<X, P>(b) : gemm_widened<X, P>(b);
   } else {

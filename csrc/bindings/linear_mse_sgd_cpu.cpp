@@ -10,6 +10,7 @@
 #include <cstring>
 #include <vector>
 
+#include "bindings/linear_mse_bfloat16.h"
 #include "bindings/linear_mse_passes.h"
 #include "bindings/linear_mse_sgd.h"
 #include "bindings/linear_mse_widened.h"
@@ -149,7 +150,7 @@ float widened_step(const LinearSgdState& state, const WidenedBatch<X, P>& batch,
   const at::Tensor dweight = at::detail::empty_cpu({O, I}, at::TensorOptions().dtype(at::kFloat));
   std::vector<double> sums(static_cast<size_t>(sums_stride(O)));
   double *const dbias = sums.data(), *const loss = dbias + O;
-  widened_gemm(batch, dweight, dbias, loss, workspace);
+  gemm_16_bit(batch, dweight, dbias, loss, workspace);
   update_outputs(params, read<float>(dweight), 0, O);
   cpu::update_bias<P>(dbias, 1, O, params);
   return static_cast<float>(*loss * loss_scale);
@@ -316,8 +317,10 @@ class Runner {
 }  // namespace
 
 Plan plan_for(const LinearSgdState& state, int64_t B) {
-  const auto bytes = static_cast<int64_t>(at::elementSize(accum_dtype(state.weight.scalar_type())));
-  return cpu::choose_plan({B, state.weight.size(1), state.weight.size(0)}, bytes);
+  const at::ScalarType dtype = state.weight.scalar_type();
+  const LinearShape shape{B, state.weight.size(1), state.weight.size(0)};
+  if (dtype == at::kBFloat16 && bfloat16_gemm_beats_one_pass(shape)) return Plan::kGemm;
+  return cpu::choose_plan(shape, static_cast<int64_t>(at::elementSize(accum_dtype(dtype))));
 }
 
 at::Tensor linear_mse_sgd_cpu(const LinearSgdState& state, const at::Tensor& input,

@@ -149,7 +149,8 @@ WidenedSums widened_one_pass(const WidenedBatch<X, P>& b, bool with_dweight, Wor
 
 // dW (if wanted) and the sums of the whole batch, by GEMMs in float over panels of rows: torch's
 // own GEMM of bfloat16 takes 2.6 times as long as that of float, of float16 50 times, on a
-// processor without instructions for them. db and the loss lie at `dbias` [O] and `loss` [1].
+// processor without instructions for them (bfloat16_gemm() is for those that have them). db and the
+// loss lie at `dbias` [O] and `loss` [1].
 template <typename X, typename P>
 void widened_gemm(const WidenedBatch<X, P>& b, const at::Tensor& dweight,  // [O, I] float
                   double* dbias, double* loss, Workspace& workspace) {

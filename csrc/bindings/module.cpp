@@ -14,6 +14,7 @@
 
 #include "bindings/engines.h"
 #include "bindings/head_step.h"
+#include "bindings/linear_mse_bfloat16.h"
 #include "bindings/linear_mse_eager.h"
 #include "bindings/linear_step.h"
 #include "bindings/python_objects.h"
@@ -84,6 +85,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       "The instruction set in use.");
   m.def("use_isa", &fused_step::use_isa, py::arg("name"),
         "Uses another instruction set from now on; for tests.");
+  m.def("use_bfloat16_gemm", &fused_step::use_bfloat16_gemm, py::arg("always"),
+        "GEMMs of bfloat16 are in bfloat16 always, never or (None) where faster; for tests.");
 
 #ifdef FUSED_STEP_WITH_CUDA
   m.def("cuda_archs", &fused_step::cuda_archs, "What the CUDA kernels were compiled for.");

@@ -83,6 +83,14 @@ bool use_isa(Isa isa) {
   return true;
 }
 
+bool multiplies_bfloat16() {
+#if defined(__x86_64__)
+  return __builtin_cpu_supports("avx512bf16");
+#else
+  return false;
+#endif
+}
+
 #if defined(__x86_64__)
 #define FUSED_STEP_PICK_TABLE(table)                    \
   if (isa_used() == Isa::kAvx512) return avx512::table; \

@@ -204,6 +204,9 @@ Isa isa_used();
 // Forces a level, for tests. False, and nothing changed, when the processor lacks it.
 bool use_isa(Isa isa);
 
+// Whether the processor multiplies bfloat16 (AVX512_BF16); the loops here do not, GEMMs may.
+bool multiplies_bfloat16();
+
 // The tables of the instruction set in use.
 template <typename T>
 const Kernels<T>& kernels();

@@ -14,6 +14,7 @@ CPU_SOURCES = (
     "bindings/head_step.cpp",
     "bindings/linear_model.cpp",
     "bindings/linear_mse_autograd.cpp",
+    "bindings/linear_mse_bfloat16.cpp",
     "bindings/linear_mse_cpu.cpp",
     "bindings/linear_mse_eager.cpp",
     "bindings/linear_mse_sgd_cpu.cpp",
