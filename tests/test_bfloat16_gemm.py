@@ -45,6 +45,11 @@ def _in_bfloat16() -> Iterator[None]:
     _C.use_bfloat16_gemm(None)
 
 
+def gradient(problem: LossProblem, always: bool | None):
+    _C.use_bfloat16_gemm(always)
+    return problem.evaluate(fused_loss)["weight"]
+
+
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_loss_and_gradients_equal_torchs(shape, reduction):
@@ -63,6 +68,13 @@ def test_steps_equal_the_plain_loops(shape, options):
     for bias in (True, False):
         problem = Problem.random(*shape, dtype=torch.bfloat16, bias=bias, options=options)
         assert_trains_like_plain(problem, plans=("gemm",))
+
+
+def test_equal_rows_may_be_one():
+    problem = LossProblem.random(1, 10, 40, dtype=torch.bfloat16, needs=HEAD)
+    assert_loss_like_torch(
+        problem.with_layout(input=problem.input.expand(7, 10), target=problem.target.expand(7, 40))
+    )
 
 
 @pytest.mark.parametrize("B", (0, 1, 6))
@@ -84,11 +96,6 @@ def test_many_weights_of_few_outputs_take_it_instead_of_one_pass():
     assert_loss_like_torch(LossProblem.random(64, 256, 8, dtype=torch.bfloat16, needs=HEAD))
     _C.use_bfloat16_gemm(False)
     assert_trains_like_plain(problem, plans=("one-pass",))
-
-
-def gradient(problem: LossProblem, always: bool | None):
-    _C.use_bfloat16_gemm(always)
-    return problem.evaluate(fused_loss)["weight"]
 
 
 def test_by_default_it_is_left_to_the_processor_and_the_size():

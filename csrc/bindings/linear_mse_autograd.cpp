@@ -154,20 +154,24 @@ class LinearMseBackward : public torch::autograd::Node {
   }
 
   // Whether `t`, unpacked from `saved`, is an ordinary tensor that nobody will see again: this pass
-  // frees the graph. It may be overwritten then, which spares the pages of another as large.
-  static bool is_last_use(const SavedVariable& saved, const at::Tensor& t) {
-    return !torch::autograd::get_current_graph_task_keep_graph() && !saved.has_hooks() &&
-           has_plain_keys(t) && t.use_count() == 2 && t.storage().use_count() == 1;
+  // frees the graph, and no hook of this node may go through it before. It may be overwritten then,
+  // which spares the pages of another as large.
+  bool is_last_use(const SavedVariable& saved, const at::Tensor& t) {
+    return !torch::autograd::get_current_graph_task_keep_graph() && post_hooks().empty() &&
+           !saved.has_hooks() && has_plain_keys(t) && t.use_count() == 2 &&
+           t.storage().use_count() == 1;
   }
 
-  void from_stash(const at::Tensor& grad, variable_list& wanted) const {
+  void from_stash(const at::Tensor& grad, variable_list& wanted) {
     // Nothing to sum over: zeros, whatever the factor (2 / 0) may be.
     const at::Tensor factor = empty_ ? at::Tensor() : dy_factor(grad);
-    const auto scaled = [&](const SavedVariable& saved) {
+    const auto scaled = [&](SavedVariable& saved) {
       at::Tensor t = saved.unpack();
       if (empty_) return at::zeros_like(t);
       // With a factor of no dimensions a 16-bit tensor is multiplied in float and rounded once.
-      return is_last_use(saved, t) && has_plain_keys(factor) ? t.mul_(factor) : at::mul(t, factor);
+      if (!is_last_use(saved, t) || !has_plain_keys(factor)) return at::mul(t, factor);
+      saved.reset_data();  // a pass of another thread must not find it multiplied
+      return t.mul_(factor);
     };
     for (size_t k = 0; k < stash_.size(); ++k) {
       if (task_should_compute_output(k)) wanted[k] = scaled(stash_[k]);
