@@ -98,6 +98,15 @@ def test_many_weights_of_few_outputs_take_it_instead_of_one_pass():
     assert_trains_like_plain(problem, plans=("one-pass",))
 
 
+def test_a_step_of_the_gemm_plan_takes_it():
+    problem = Problem.random(300, 70, 130, dtype=torch.bfloat16, options={"momentum": 0.9})
+    buffers = []
+    for always in (True, False):
+        _C.use_bfloat16_gemm(always)
+        buffers.append(assert_trains_like_plain(problem, plans=("gemm",)).weight_buffer)
+    assert not same_bits(*buffers)
+
+
 def test_by_default_it_is_left_to_the_processor_and_the_size():
     cpuinfo = Path("/proc/cpuinfo").read_text()
     large, small = (

@@ -38,9 +38,11 @@ bool gemm_is_in_bfloat16(const LinearShape& shape) {
          shape.B * shape.I * shape.O >= cpu::kMinBFloat16Work;
 }
 
-bool bfloat16_gemm_beats_one_pass(const LinearShape& shape) {
-  return shape.O >= cpu::kMinBFloat16Outputs && shape.I * shape.O >= cpu::kMinBFloat16Weights &&
-         gemm_is_in_bfloat16(shape);
+cpu::Plan choose_cpu_plan(const LinearShape& shape, at::ScalarType dtype) {
+  const bool is_large =
+      shape.O >= cpu::kMinBFloat16Outputs && shape.I * shape.O >= cpu::kMinBFloat16Weights;
+  if (dtype == at::kBFloat16 && is_large && gemm_is_in_bfloat16(shape)) return cpu::Plan::kGemm;
+  return cpu::choose_plan(shape, static_cast<int64_t>(at::elementSize(accum_dtype(dtype))));
 }
 
 void use_bfloat16_gemm(std::optional<bool> always) {
@@ -68,7 +70,6 @@ void bfloat16_gemm(const WidenedBatch<BFloat16, BFloat16>& b, const at::Tensor& 
   int64_t row = 0;
   do {  // once for an empty batch, whose dW is zero
     const int64_t n = std::min(most_rows, B - row);
-    const RowChunks cut = cut_rows(n, cpu::residual_chunks(n, O));
     const at::Tensor x = matrix(b.x + row * b.x_stride, n, I, b.x_stride);
     // y first, then dL/dy.
     BFloat16* const rounded =
@@ -76,11 +77,7 @@ void bfloat16_gemm(const WidenedBatch<BFloat16, BFloat16>& b, const at::Tensor& 
     at::Tensor y = matrix(rounded, n, O, O);
     at::mm_out(y, x, weight.t());
     widen_rows(rounded, O, n, O, residual);
-    residual_sums<BFloat16>({residual, b.target + row * b.target_stride, b.target_stride, bias, n,
-                             O, b.dy_scale, sums, sums + O},
-                            cut);
-    for (int64_t o = 0; o < O; ++o) dbias[o] += sum_chunks(sums + o, cut.count, sums_stride(O));
-    *loss += sum_chunks(sums + O, cut.count, sums_stride(O));
+    add_panel_sums(b, row, n, residual, bias, sums, dbias, loss);
     store_rounded(residual, rounded, n * O);
     if (dweight.defined()) {
       const at::Tensor product = at::mm(y.t(), x);

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: MIT
-// The gemm plan with torch's own GEMMs of bfloat16, where the processor multiplies bfloat16.
+// The gemm plan with torch's own GEMMs of bfloat16, where the processor multiplies bfloat16, and
+// which layers take it.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -11,12 +12,12 @@
 
 namespace fused_step {
 
+// The plan for a layer whose parameters are of this dtype; under bfloat16, so is x.
+cpu::Plan choose_cpu_plan(const LinearShape& shape, at::ScalarType dtype);
+
 // Whether GEMMs of bfloat16 are the faster ones: the processor has instructions for them, torch may
 // use oneDNN, and there is enough to multiply.
 bool gemm_is_in_bfloat16(const LinearShape& shape);
-
-// Whether they are faster than one-pass in float over the same bfloat16, too.
-bool bfloat16_gemm_beats_one_pass(const LinearShape& shape);
 
 // From now on they always are, or never, or as above; for tests.
 void use_bfloat16_gemm(std::optional<bool> always);

@@ -127,12 +127,9 @@ void gemm_widened(const Batch& b) {
 
 template <typename X, typename P>
 void compute(Batch& b) {
-  const cpu::Plan plan =
-      cpu::choose_plan({b.B(), b.I(), b.O()}, static_cast<int64_t>(sizeof(Accum<X>)));
-  constexpr bool kBFloat16 = std::is_same_v<X, BFloat16> && std::is_same_v<P, BFloat16>;
+  const cpu::Plan plan = choose_cpu_plan({b.B(), b.I(), b.O()}, b.weight.scalar_type());
   // One-pass has each residual in registers only.
-  const bool one_pass_fits = plan == cpu::Plan::kOnePass && !b.residual.defined() &&
-                             !(kBFloat16 && bfloat16_gemm_beats_one_pass({b.B(), b.I(), b.O()}));
+  const bool one_pass_fits = plan == cpu::Plan::kOnePass && !b.residual.defined();
   if constexpr (kIs16Bit<X>) {
     one_pass_fits ? one_pass_widened<X, P>(b) : gemm_widened<X, P>(b);
   } else {

@@ -317,10 +317,8 @@ class Runner {
 }  // namespace
 
 Plan plan_for(const LinearSgdState& state, int64_t B) {
-  const at::ScalarType dtype = state.weight.scalar_type();
-  const LinearShape shape{B, state.weight.size(1), state.weight.size(0)};
-  if (dtype == at::kBFloat16 && bfloat16_gemm_beats_one_pass(shape)) return Plan::kGemm;
-  return cpu::choose_plan(shape, static_cast<int64_t>(at::elementSize(accum_dtype(dtype))));
+  return choose_cpu_plan({B, state.weight.size(1), state.weight.size(0)},
+                         state.weight.scalar_type());
 }
 
 at::Tensor linear_mse_sgd_cpu(const LinearSgdState& state, const at::Tensor& input,

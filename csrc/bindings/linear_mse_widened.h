@@ -147,6 +147,24 @@ WidenedSums widened_one_pass(const WidenedBatch<X, P>& b, bool with_dweight, Wor
   return {cut, partial};
 }
 
+// Turns y of the n rows from `row` on into dL/dy, and adds their sums to dbias and loss. `sums` is
+// workspace for those of its chunks.
+template <typename X, typename P>
+void add_panel_sums(const WidenedBatch<X, P>& b, int64_t row, int64_t n,
+                    float* y,           // [n, O]
+                    const float* bias,  // [O] or null
+                    double* sums,       // [residual_chunks(n, O), sums_stride(O)]
+                    double* dbias,      // [O]
+                    double* loss) {
+  const int64_t O = b.shape.O;
+  const RowChunks cut = cut_rows(n, cpu::residual_chunks(n, O));
+  residual_sums<P>({y, b.target + row * b.target_stride, b.target_stride, bias, n, O, b.dy_scale,
+                    sums, sums + O},
+                   cut);
+  for (int64_t o = 0; o < O; ++o) dbias[o] += sum_chunks(sums + o, cut.count, sums_stride(O));
+  *loss += sum_chunks(sums + O, cut.count, sums_stride(O));
+}
+
 // dW (if wanted) and the sums of the whole batch, by GEMMs in float over panels of rows: torch's
 // own GEMM of bfloat16 takes 2.6 times as long as that of float, of float16 50 times, on a
 // processor without instructions for them (bfloat16_gemm() is for those that have them). db and the
@@ -177,15 +195,10 @@ void widened_gemm(const WidenedBatch<X, P>& b, const at::Tensor& dweight,  // [O
   int64_t row = 0;
   do {  // once for an empty batch, whose dW is zero
     const int64_t n = std::min(most_rows, B - row);
-    const RowChunks cut = cut_rows(n, cpu::residual_chunks(n, O));
     at::Tensor x = matrix(x_data, n, I), y = matrix(y_data, n, O);
     widen_rows(b.x + row * b.x_stride, b.x_stride, n, I, x_data);
     at::mm_out(y, x, weight.t());
-    residual_sums<P>({y_data, b.target + row * b.target_stride, b.target_stride, bias, n, O,
-                      b.dy_scale, sums, sums + O},
-                     cut);
-    for (int64_t o = 0; o < O; ++o) dbias[o] += sum_chunks(sums + o, cut.count, sums_stride(O));
-    *loss += sum_chunks(sums + O, cut.count, sums_stride(O));
+    add_panel_sums(b, row, n, y_data, bias, sums, dbias, loss);
     if (b.residual != nullptr) store_rounded(y_data, b.residual + row * O, n * O);
     if (dweight.defined()) {
       at::Tensor all = dweight;

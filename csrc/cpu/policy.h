@@ -88,11 +88,12 @@ inline int64_t grad_panel_outputs(int64_t I, int64_t element_bytes, int64_t thre
   return std::max<int64_t>(1, threads * kGradPanelBytesPerThread / row_bytes);
 }
 
-// A GEMM of fewer multiply-adds takes torch no less time in bfloat16 than in float.
-constexpr int64_t kMinBFloat16Work = 1024 * 1024;
+// Layers of fewer multiply-adds take torch's GEMMs no less time in bfloat16 than in float, widening
+// included; timed as the constants below.
+constexpr int64_t kMinBFloat16Work = 2 * 1024 * 1024;
 // From so many outputs and weights on, GEMMs in bfloat16 beat one pass over x in float, where the
-// processor multiplies bfloat16: 4096x1024->4 takes 1.75 ms by GEMMs and 1.55 by one-pass,
-// 1024x256->8 0.22 and 0.33, 4096x1024->16 2.2 and 3.8 (two cores of an EPYC with AVX512_BF16).
+// processor multiplies bfloat16: linear_mse_loss with all gradients, timed either way by
+// _C.use_bfloat16_gemm() on two cores of an EPYC with AVX512_BF16.
 constexpr int64_t kMinBFloat16Outputs = 8;
 constexpr int64_t kMinBFloat16Weights = 2048;
 
