@@ -6,6 +6,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fused_step._extension import _C
+
 _CAST = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -20,12 +22,16 @@ def operands(
     too, and gradients are rounded once, to the dtype of what they belong to. The copies that
     autocast keeps of parameters are neither read nor made: `weight` counts as it is now.
 
-    Returns None where autocast casts otherwise (float64 beside other types, integers) and PyTorch's
-    own operators have the result or the error. float64 alone it leaves as it is.
+    Returns None where PyTorch's own operators are to be called: autocast casts otherwise (float64
+    beside other types, integers), or the processor multiplies bfloat16 and the layer is so large
+    that its copies pay. float64 alone autocast leaves as it is.
     """
     given = [t for t in (input, weight, bias, target) if t is not None]
     if all(t.dtype == torch.float64 for t in given):
         return input, weight, bias, target
     if not all(t.dtype in _CAST for t in given):
+        return None
+    # A compiler cannot look into _C.
+    if not torch.compiler.is_compiling() and _C.is_left_to_autocast(input, weight):
         return None
     return input, weight.float(), None if bias is None else bias.float(), target.float()

@@ -40,8 +40,8 @@ def linear_mse_loss(
     The fused operator serves float32, float64, bfloat16 and float16 tensors on the CPU and, in
     builds with CUDA, on GPUs; these types also under autocast for the CPU. Of 16-bit types the sums
     are made in float32, and each result is rounded once. Everything else (other types and devices,
-    tensor subclasses, ``vmap``, forward-mode derivatives) is computed as the composition above,
-    with its result.
+    tensor subclasses, ``vmap``, forward-mode derivatives, autocast where its own GEMMs are faster)
+    is computed as the composition above, with its result.
 
     Args:
         input: [..., I], leading dimensions are rows.

@@ -55,6 +55,7 @@ def _used() -> dict[str, str]:
 
     return {
         "ISA": _C.isa_used(),
+        "bfloat16 GEMMs": "in bfloat16" if _C.has_bfloat16_gemm() else "in float32",
         "threads": str(torch.get_num_threads()),
         "at::parallel_for width": str(_C.parallel_width()),
     }

@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -32,6 +33,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fused_step
+from fused_step._extension import _C
 
 HALVES = (torch.bfloat16, torch.float16)
 CAST = (torch.float32, *HALVES)
@@ -39,6 +41,13 @@ SHAPES = [(37, 13, 1), (41, 21, 6), (45, 19, 131)]
 PLANS = {1: ONE_PASS, 6: ONE_PASS, 131: GEMM}
 each_half = pytest.mark.parametrize("half", HALVES, ids=str)
 each_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)
+
+
+@pytest.fixture(autouse=True)
+def _large_layers_are_fused_on_every_processor() -> Iterator[None]:
+    _C.use_bfloat16_gemm(False)
+    yield
+    _C.use_bfloat16_gemm(None)
 
 
 class Log(TorchDispatchMode):
@@ -435,3 +444,84 @@ def test_a_16_bit_input_without_autocast_has_the_plain_loops_error():
     step = fused_step.TrainStep(*problem.build())
     with pytest.raises(RuntimeError, match="must have the same dtype"):
         step(problem.input.bfloat16(), problem.target)
+
+
+# --- Where the processor multiplies bfloat16 -----------------------------------------------------
+
+# B, I, O and the dtype of x, with 2^24 multiply-adds or just below, and as many outputs.
+LEFT = [(1024, 1024, 16, torch.bfloat16), (512, 1024, 32, torch.float32)]
+NOT_LEFT = [
+    (1023, 1024, 16, torch.bfloat16),
+    (2048, 1024, 15, torch.bfloat16),
+    (511, 1024, 32, torch.float32),
+    (1024, 1024, 31, torch.float32),
+]
+
+
+def of_input(problem, dtype: torch.dtype):
+    return dataclasses.replace(problem, input=problem.input.to(dtype))
+
+
+def calls_of_the_operator(problem: LossProblem, half: torch.dtype = torch.bfloat16) -> int:
+    with torch.autocast("cpu", dtype=half), Log() as log:
+        problem.evaluate(fused_loss)
+    return log.calls
+
+
+@pytest.mark.parametrize(("B", "I", "O", "dtype"), LEFT)
+def test_large_layers_are_left_to_torchs_operators(B, I, O, dtype):
+    problem = of_input(LossProblem.random(B, I, O), dtype)
+    assert calls_of_the_operator(problem) == 1
+    _C.use_bfloat16_gemm(True)
+    assert calls_of_the_operator(problem) == 0
+    assert calls_of_the_operator(problem, torch.float16) == 1
+    with torch.autocast("cpu"):
+        ours, theirs = problem.evaluate(fused_loss), problem.evaluate(torch_loss)
+    for name, value in theirs.items():
+        assert torch.equal(ours[name], value), name
+
+
+@pytest.mark.parametrize(("B", "I", "O", "dtype"), NOT_LEFT)
+def test_smaller_layers_are_fused(B, I, O, dtype):
+    _C.use_bfloat16_gemm(True)
+    assert calls_of_the_operator(of_input(LossProblem.random(B, I, O), dtype)) == 1
+
+
+def test_a_large_layer_has_the_operators_errors():
+    _C.use_bfloat16_gemm(True)
+    x, weight, target = torch.zeros(1024, 1024), torch.zeros(64, 1024), torch.zeros(1024, 63)
+    with torch.autocast("cpu"), pytest.raises(ValueError, match="target must have the shape"):
+        fused_step.linear_mse_loss(x, weight, target)
+
+
+@pytest.mark.parametrize(("B", "I", "O", "dtype"), LEFT)
+def test_steps_of_large_layers_are_the_plain_loops_and_say_why(B, I, O, dtype):
+    _C.use_bfloat16_gemm(True)
+    problem = of_input(Problem.random(B, I, O, options={"momentum": 0.9}), dtype)
+    x, t = problem.input, problem.target
+    ours, theirs = problem.build(), problem.build()
+    step = fused_step.TrainStep(*ours)
+    with torch.autocast("cpu", cache_enabled=False):
+        assert "GEMMs in bfloat16 are faster" in step.explain(x, t)
+        loss = step(x, t)
+        assert step.plan == "optimizer"
+        assert torch.equal(loss, plain_step(*theirs, x, t))
+        losses = step.run(x, t, epochs=2, batch_size=B)
+        assert step.plan == "optimizer"
+        assert torch.equal(losses, torch.stack([plain_step(*theirs, x, t) for _ in range(2)]))
+        step.run(x, t, epochs=1, batch_size=B // 2)
+        assert step.plan in FUSED_PLANS
+    with torch.autocast("cpu", dtype=torch.float16, cache_enabled=False):
+        step(x, t)
+        assert step.plan in FUSED_PLANS
+    step(x.float(), t)
+    assert step.plan in FUSED_PLANS
+
+
+def test_a_large_layer_in_float64_is_fused():
+    _C.use_bfloat16_gemm(True)
+    problem = Problem.random(1024, 1024, 33, dtype=torch.float64)
+    step = fused_step.TrainStep(*problem.build())
+    with torch.autocast("cpu"):
+        step(problem.input, problem.target)
+    assert step.plan == "gemm"

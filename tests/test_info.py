@@ -6,6 +6,7 @@ from __future__ import annotations
 import platform
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -41,6 +42,13 @@ def test_report_names_the_module_and_what_it_was_built_for():
 def test_isa_used_is_one_that_was_built():
     found = entries(info.report())
     assert found["ISA"] in found["ISA levels"].split(", ")
+
+
+def test_gemms_of_bfloat16_are_the_processors_where_it_has_them():
+    has_instructions = "avx512_bf16" in Path("/proc/cpuinfo").read_text()
+    uses_them = has_instructions and torch.backends.mkldnn.is_available()
+    found = entries(info.report())
+    assert found["bfloat16 GEMMs"] == ("in bfloat16" if uses_them else "in float32")
 
 
 def test_threads_are_torch_threads():

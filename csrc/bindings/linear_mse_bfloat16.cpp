@@ -8,6 +8,11 @@
 #include <algorithm>
 #include <atomic>
 
+// Declared here, since its header, ATen/autocast_mode.h, takes 8 s to compile: it has all of ATen.
+namespace at::autocast {
+TORCH_API at::ScalarType get_autocast_dtype(at::DeviceType device_type);
+}  // namespace at::autocast
+
 namespace fused_step {
 
 namespace {
@@ -25,6 +30,10 @@ at::Tensor matrix(const BFloat16* data, int64_t rows, int64_t columns, int64_t s
 
 }  // namespace
 
+bool has_bfloat16_gemm() {
+  return cpu::multiplies_bfloat16() && at::hasMKLDNN() && at::globalContext().userEnabledMkldnn();
+}
+
 bool gemm_is_in_bfloat16(const LinearShape& shape) {
   switch (when().load(std::memory_order_relaxed)) {
     case When::kAlways:
@@ -34,8 +43,7 @@ bool gemm_is_in_bfloat16(const LinearShape& shape) {
     case When::kIfFaster:
       break;
   }
-  return cpu::multiplies_bfloat16() && at::hasMKLDNN() && at::globalContext().userEnabledMkldnn() &&
-         shape.B * shape.I * shape.O >= cpu::kMinBFloat16Work;
+  return has_bfloat16_gemm() && shape.B * shape.I * shape.O >= cpu::kMinBFloat16Work;
 }
 
 cpu::Plan choose_cpu_plan(const LinearShape& shape, at::ScalarType dtype) {
@@ -43,6 +51,13 @@ cpu::Plan choose_cpu_plan(const LinearShape& shape, at::ScalarType dtype) {
       shape.O >= cpu::kMinBFloat16Outputs && shape.I * shape.O >= cpu::kMinBFloat16Weights;
   if (dtype == at::kBFloat16 && is_large && gemm_is_in_bfloat16(shape)) return cpu::Plan::kGemm;
   return cpu::choose_plan(shape, static_cast<int64_t>(at::elementSize(accum_dtype(dtype))));
+}
+
+bool is_left_to_autocast(const LinearShape& shape, at::ScalarType input) {
+  const int64_t outputs =
+      input == at::kFloat ? cpu::kMinAutocastOutputsOfFloat : cpu::kMinAutocastOutputs;
+  return shape.O >= outputs && shape.B * shape.I * shape.O >= cpu::kMinAutocastWork &&
+         at::autocast::get_autocast_dtype(at::kCPU) == at::kBFloat16 && gemm_is_in_bfloat16(shape);
 }
 
 void use_bfloat16_gemm(std::optional<bool> always) {

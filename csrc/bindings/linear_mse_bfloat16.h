@@ -15,9 +15,15 @@ namespace fused_step {
 // The plan for a layer whose parameters are of this dtype; under bfloat16, so is x.
 cpu::Plan choose_cpu_plan(const LinearShape& shape, at::ScalarType dtype);
 
-// Whether GEMMs of bfloat16 are the faster ones: the processor has instructions for them, torch may
-// use oneDNN, and there is enough to multiply.
+// Whether the processor has instructions for GEMMs of bfloat16, and torch may use oneDNN.
+bool has_bfloat16_gemm();
+
+// Whether those are the faster ones: there is enough to multiply.
 bool gemm_is_in_bfloat16(const LinearShape& shape);
+
+// Whether to leave a layer of float parameters to torch's own operators under autocast: it casts to
+// bfloat16 here, and GEMMs of bfloat16 are the faster ones though it has to round for them.
+bool is_left_to_autocast(const LinearShape& shape, at::ScalarType input);
 
 // From now on they always are, or never, or as above; for tests.
 void use_bfloat16_gemm(std::optional<bool> always);

@@ -12,6 +12,7 @@
 #include "bindings/dtypes.h"
 #include "bindings/engines.h"
 #include "bindings/linear_model.h"
+#include "bindings/linear_mse_bfloat16.h"
 #include "bindings/memory.h"
 #include "bindings/python_bridge.h"
 #include "bindings/python_objects.h"
@@ -225,6 +226,15 @@ bool LinearStep::resolve(PyObject* input, PyObject* target, Verdict& v, Call& ca
          check_batch(input, target, v, call) && v.applies();
 }
 
+bool LinearStep::check_rows(const Call& call, int64_t rows, Verdict& v) {
+  const at::Tensor& weight = call.state.weight;
+  return !call.autocast || weight.scalar_type() != at::kFloat ||
+         !v.against(is_left_to_autocast({rows, weight.size(1), weight.size(0)},
+                                        call.input.scalar_type()),
+                    "autocast is on, and its GEMMs in bfloat16 are faster for so large a layer on "
+                    "this processor");
+}
+
 // The buffers of a first step, which SGD would make from the gradient. Where they belong is made
 // now: if the state refuses, nothing has changed.
 void LinearStep::make_buffers(Call& call) {
@@ -256,9 +266,10 @@ py::object LinearStep::step(py::handle input, py::handle target) {
   Verdict verdict(nullptr);
   Call call;
   if (!resolve(input.ptr(), target.ptr(), verdict, call)) return py::none();
-  make_buffers(call);
   const int64_t O = call.state.weight.size(0);
   const int64_t rows = O > 0 ? call.target.numel() / O : 0;
+  if (!check_rows(call, rows, verdict)) return py::none();
+  make_buffers(call);
   at::Tensor loss;
   {
     std::optional<py::gil_scoped_release_simple> no_gil;
@@ -281,6 +292,10 @@ py::object LinearStep::run(py::handle inputs, py::handle targets, int64_t epochs
   if (!resolve(inputs.ptr(), targets.ptr(), verdict, call)) return py::none();
   // A 1-dim tensor has no rows to make batches of; no steps, no change.
   if (call.input.dim() < 2 || call.input.size(0) == 0 || epochs == 0) return py::none();
+  const int64_t per_sample =
+      call.input.numel() / std::max<int64_t>(1, call.input.size(0) * call.input.size(-1));
+  const int64_t rows = std::min(batch_size, call.input.size(0)) * per_sample;
+  if (!check_rows(call, rows, verdict)) return py::none();
   // A replay would go through the rows in one order again and again: the plain loop says so.
   if (shuffle && is_captured(call.state.weight.device())) return py::none();
   plan_ = nullptr;
@@ -311,9 +326,7 @@ py::object LinearStep::run(py::handle inputs, py::handle targets, int64_t epochs
     throw;
   }
   leave_optimizer(call);
-  const int64_t per_sample =
-      call.input.numel() / std::max<int64_t>(1, call.input.size(0) * call.input.size(-1));
-  plan_ = plan_name(call.state, call.input, std::min(batch_size, call.input.size(0)) * per_sample);
+  plan_ = plan_name(call.state, call.input, rows);
   if (!progress.is_none()) progress(losses.numel());
   return py::reinterpret_steal<py::object>(to_python(std::move(losses)));
 }
@@ -326,6 +339,7 @@ std::pair<std::string, std::vector<std::string>> LinearStep::explain(py::handle 
   if (!resolve(input.ptr(), target.ptr(), verdict, call)) return {"plain", reasons};
   const int64_t O = call.state.weight.size(0);
   const int64_t B = O > 0 ? call.target.numel() / O : 0;
+  if (!check_rows(call, B, verdict) || !verdict.applies()) return {"plain", reasons};
   const std::string why = why_no_deeper(call.state, call.input, B);
   if (!why.empty()) reasons.push_back(why);
   return {plan_name(call.state, call.input, B), reasons};

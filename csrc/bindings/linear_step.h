@@ -62,6 +62,8 @@ class LinearStep {
   bool read_objects(Verdict& verdict, Reading& reading);
   static bool check_params(Verdict& verdict, Call& call);
   static bool check_batch(PyObject* input, PyObject* target, Verdict& verdict, Call& call);
+  // Whether a fused plan is worth taking for batches of so many rows.
+  static bool check_rows(const Call& call, int64_t rows, Verdict& verdict);
   static void make_buffers(Call& call);
   static void leave_optimizer(const Call& call);
 

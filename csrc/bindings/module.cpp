@@ -85,6 +85,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       "The instruction set in use.");
   m.def("use_isa", &fused_step::use_isa, py::arg("name"),
         "Uses another instruction set from now on; for tests.");
+  m.def("has_bfloat16_gemm", &fused_step::has_bfloat16_gemm,
+        "Whether the processor multiplies bfloat16, and torch uses that.");
   m.def("use_bfloat16_gemm", &fused_step::use_bfloat16_gemm, py::arg("always"),
         "GEMMs of bfloat16 are in bfloat16 always, never or (None) where faster; for tests.");
 
@@ -94,6 +96,15 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("serves", &fused_step::is_served, py::arg("device"),
         "Whether kernels of this build run on a torch.device.");
 
+  m.def(
+      "is_left_to_autocast",
+      [](const at::Tensor& input, const at::Tensor& weight) {
+        if (weight.dim() != 2 || weight.numel() == 0) return false;
+        const int64_t O = weight.size(0), I = weight.size(1);
+        return fused_step::is_left_to_autocast({input.numel() / I, I, O}, input.scalar_type());
+      },
+      py::arg("input"), py::arg("weight"),
+      "Whether under autocast torch's own operators are the faster ones.");
   m.attr("linear_mse_loss") = fused_step::linear_mse_loss_function();
   m.def(
       "set_linear_mse_loss",

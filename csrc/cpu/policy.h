@@ -96,6 +96,12 @@ constexpr int64_t kMinBFloat16Work = 2 * 1024 * 1024;
 // _C.use_bfloat16_gemm() on two cores of an EPYC with AVX512_BF16.
 constexpr int64_t kMinBFloat16Outputs = 8;
 constexpr int64_t kMinBFloat16Weights = 2048;
+// Under autocast to bfloat16 x may be bfloat16 or float, W is float: torch's operators round W, and
+// a float x, to bfloat16, which takes some of what its GEMMs save. From so many multiply-adds and
+// outputs on they are the faster ones there (the same processor).
+constexpr int64_t kMinAutocastWork = 16 * 1024 * 1024;
+constexpr int64_t kMinAutocastOutputs = 16;
+constexpr int64_t kMinAutocastOutputsOfFloat = 32;
 
 // Rows of a panel of 16-bit x that is widened for the gemm plan: at most this many bytes of float
 // for x and for y, and enough rows to keep a GEMM at its speed.
