@@ -43,6 +43,7 @@ def contestants() -> list[Contestant]:
         FiveLines("eager_fused", "eager, SGD fused", torchs, fused=True),
         FiveLines("eager_ours", "eager, fused_step.SGD", fused_step.SGD),
         Compiled("compiled", "eager, model and loss compiled", torchs),
+        Compiled("compiled_fused", "the same, SGD fused", torchs, fused=True),
         Step("step", "fused_step step()", torchs),
         Step("step_again", "fused_step step(), again", torchs, "A/A"),
     ]

@@ -28,8 +28,8 @@ SCHEMAS = (
     "linear_mse_loss(Tensor input, Tensor linear_weight, Tensor? linear_bias, Tensor target, "
     'str reduction="mean") -> Tensor',
     "linear_mse(Tensor input, Tensor linear_weight, Tensor? linear_bias, Tensor target, "
-    "str reduction, bool need_dinput, bool need_dweight, bool need_dbias, bool need_residual) -> "
-    "(Tensor loss, Tensor dinput, Tensor dweight, Tensor dbias, Tensor residual)",
+    "str reduction, bool need_dinput, bool need_dweight, bool need_dbias, bool need_dy) -> "
+    "(Tensor loss, Tensor dinput, Tensor dweight, Tensor dbias, Tensor dy)",
 )
 
 compiler = "none"
@@ -167,17 +167,15 @@ def _linear_mse(
     x, W, b, t = _wide(input, weight, bias, target)
     y = F.linear(x, W, b)
     loss = F.mse_loss(y, t, reduction=reduction).to(weight.dtype)
-    # These have the factor 2 of the sum's derivative; the operator's results are without.
-    sums = reference.linear_mse(x, W, W.new_zeros(len(W)) if b is None else b, t, "sum")
-    assert sums.db is not None
-    made = (
-        _unscaled(sums.dx / 2, input),
-        sums.dW / 2,
-        sums.db / 2,
-        _unscaled(y - t, target),
-    )
+    dy_scale = 2.0 / max(1, t.numel()) if reduction == "mean" else 2.0
+    dy = dy_scale * (y - t)
     if reduction == "none":
+        made = (dy, dy, dy, _unscaled(dy, target))
         needs = (False, False, False, needs[3])
+    else:
+        step = reference.linear_mse(x, W, W.new_zeros(len(W)) if b is None else b, t, reduction)
+        assert step.db is not None
+        made = (_unscaled(step.dx, input), step.dW, step.db, _unscaled(dy, target))
     return loss, *(m if needed else m.new_empty(0) for m, needed in zip(made, needs, strict=True))
 
 
@@ -189,7 +187,7 @@ def _wide(*tensors: Tensor | None) -> list[Any]:
 
 
 def _unscaled(t: Tensor, like: Tensor) -> Tensor:
-    """`t` as it is kept before it has its factor: see csrc/bindings/linear_mse.h."""
+    """`t` as it is kept until dL/dloss is known: see csrc/bindings/linear_mse.h."""
     return t.float() if like.dtype == torch.float16 else t.to(like.dtype)
 
 

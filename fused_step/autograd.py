@@ -4,8 +4,8 @@
 Outside of ``torch.func`` the operator ``fused_step::linear_mse_loss`` has the same derivative in
 C++, since a Function in Python takes longer than a small layer does.
 
-With r = y - t the gradients are made in the forward pass without their common factor
-2 · s_l · dL/dloss, which the backward pass applies.
+The gradients are made in the forward pass, as they are for dL/dloss = 1; the backward pass multiplies
+them by dL/dloss.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ class LinearMSEFunction(torch.autograd.Function):
     """Loss of a linear layer, with its gradients made in the forward pass.
 
     ``apply(input, weight, bias, target, reduction, need_dinput, need_dweight, need_dbias,
-    need_residual)`` returns the loss and what was asked for, not differentiable:
+    need_dy)`` returns the loss and what was asked for, not differentiable:
 
     Shapes: input [..., I], weight [O, I], bias [O] or None, target [..., O]; loss [], or [..., O]
-    for the reduction "none"; r·W [..., I], rᵀ·input [O, I], the sum of r's rows [O] and r [..., O];
-    [0] what was not asked for. The residual is needed for a gradient of the target, and for every
-    gradient under "none".
+    for the reduction "none"; with dy = 2 · s_l · (y - target), dy·W [..., I], dyᵀ·input [O, I], the
+    sum of dy's rows [O] and dy [..., O]; [0] what was not asked for. dy is needed for a gradient of
+    the target, and for every gradient under "none".
 
     Works under ``torch.func``'s ``grad``, ``vjp`` and ``jacrev``. There is no rule for ``vmap``,
     and PyTorch says so; :func:`fused_step.linear_mse_loss` is composed of PyTorch's operators
@@ -82,16 +82,15 @@ class _Gradients(torch.autograd.Function):
         dinput: Tensor,
         dweight: Tensor,
         dbias: Tensor,
-        residual: Tensor,
+        dy: Tensor,
         reduction: str,
         needs: tuple[bool, ...],
     ) -> tuple[Tensor, ...]:
-        factor = _dy_factor(grad, target, reduction)
         if reduction == "none":
-            return _chain(residual * factor, input, weight, needs)
-        stash = (dinput, dweight, dbias, -residual)
+            return _chain(dy * grad, input, weight, needs)
+        stash = (dinput, dweight, dbias, -dy)
         return tuple(
-            g * factor if target.numel() else torch.zeros_like(g)
+            g * grad if target.numel() else torch.zeros_like(g)
             for g, needed in zip(stash, needs, strict=True)
             if needed
         )
@@ -105,26 +104,20 @@ class _Gradients(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         reduction, needs = ctx.reduction, ctx.needs
         grad, input, weight, bias, target = ctx.saved_tensors
+        dy_scale = 2.0 / max(1, target.numel()) if reduction == "mean" else 2.0
 
         def formula(
             grad: Tensor, input: Tensor, weight: Tensor, target: Tensor, *bias: Tensor
         ) -> tuple[Tensor, ...]:
             r = torch.nn.functional.linear(input, weight, *bias) - target
-            factor = _dy_factor(grad, target, reduction)
-            return _chain(r * factor if target.numel() else r, input, weight, needs)
+            dy = r * (grad * dy_scale) if target.numel() else r
+            return _chain(dy, input, weight, needs)
 
         given = (grad, input, weight, target, *(() if bias is None else (bias,)))
         # vjp() returns three with has_aux only.
         _, pull_back = torch.func.vjp(formula, *given)  # type: ignore[misc]
         dgrad, dinput, dweight, dtarget, *dbias = pull_back(tuple(grads))
         return (dgrad, dinput, dweight, *(dbias or (None,)), dtarget, *(None,) * 6)
-
-
-def _dy_factor(grad: Tensor, target: Tensor, reduction: str) -> Tensor:
-    """2 · s_l · dL/dloss: dL/dy = that times r."""
-    if reduction == "mean" and target.numel():
-        return grad * (2.0 / target.numel())
-    return grad * 2.0
 
 
 def _chain(dy: Tensor, input: Tensor, weight: Tensor, needs: Sequence[bool]) -> tuple[Tensor, ...]:

@@ -118,6 +118,14 @@ def test_difference_below_the_noise_is_equal(slowdown, verdict):
     assert row(case, "other")["verdict"] == verdict
 
 
+@pytest.mark.parametrize("ratio", [0.8, 0.87, 1.15, 1.25])
+def test_the_second_entry_of_the_subject_is_always_equal_to_it(ratio):
+    seconds = {"ours": [1.0] * 5, "again": [ratio] * 5}
+    entries = [Entry(Timed(key, []), seconds=times) for key, times in seconds.items()]
+    case = results.case_result(Measured(CASE, entries, rounds=5), "ours", "again", None)
+    assert row(case, "again")["verdict"] == "equal"
+
+
 def test_cold_rounds_take_cold_samples_alone():
     contestant = Timed("right", [1e-3])
     measured = run(contestant, protocol=dataclasses.replace(QUICK, cold=True))

@@ -1153,3 +1153,30 @@ def test_deepcopy_of_model_and_optimizer_trains_apart_from_the_original():
             optimizer.state[original]["momentum_buffer"],
             copied_optimizer.state[other]["momentum_buffer"],
         )
+
+
+@pytest.mark.parametrize("sizes", [(37, 13, 1), (37, 13, 131)], ids=["one-pass", "gemm"])
+def test_the_profiler_sees_steps_and_what_they_call(sizes):
+    problem = Problem.random(*sizes)
+    step = fused_step.TrainStep(*problem.build())
+    step(problem.input, problem.target)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        step(problem.input, problem.target)
+        assert step.plan in FUSED_PLANS
+        step.run(problem.input, problem.target, epochs=2, batch_size=sizes[0])
+        assert step.plan in FUSED_PLANS
+    counts = {event.key: event.count for event in profile.key_averages()}
+    assert counts["TrainStep.step"] == counts["TrainStep.run"] == 1
+    if step.plan == "gemm":
+        parents = {e.cpu_parent.name for e in profile.events() if e.name == "aten::mm"}
+        assert parents == {"TrainStep.step", "TrainStep.run"}
+
+
+def test_the_profiler_sees_the_loss_of_a_head():
+    model = nn.Sequential(nn.Linear(13, 5), nn.Tanh(), nn.Linear(5, 1))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    step = fused_step.TrainStep(model, nn.MSELoss(), optimizer)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        step(torch.randn(7, 13), torch.randn(7, 1))
+    assert step.plan == "head"
+    assert [event.count for event in profile.key_averages() if event.key == "TrainStep.loss"] == [1]

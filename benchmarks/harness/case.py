@@ -62,14 +62,17 @@ class Case:
     targets: tuple[str, ...] = ()
     note: str = ""
     dtype: str = "float32"  # of data and parameters
+    input_grad: bool = False  # whether x requires grad, as behind a body that is trained
 
     @property
     def name(self) -> str:
-        return f"{self.batch}x{self.inputs}x{self.outputs}" + self._suffix("-")
+        name = f"{self.batch}x{self.inputs}x{self.outputs}" + self._suffix("-")
+        return name + ("-dx" if self.input_grad else "")
 
     @property
     def title(self) -> str:
-        return f"{self.batch}×{self.inputs}→{self.outputs}" + self._suffix(" ")
+        title = f"{self.batch}×{self.inputs}→{self.outputs}" + self._suffix(" ")
+        return title + (" with dx" if self.input_grad else "")
 
     def _suffix(self, before: str) -> str:
         return "" if self.dtype == "float32" else before + self.dtype
@@ -118,14 +121,17 @@ class Case:
 
     @property
     def minimal_bytes(self) -> int:
-        """x and t read once, W and b read once and written once. Nothing else has to move."""
+        """x and t read once, W and b read once and written once, dx written once if it is wanted.
+        Nothing else has to move."""
         parameters = self.weight_bytes + self.element_bytes * self.outputs
-        return self.input_bytes + self.output_bytes + 2 * parameters
+        inputs = self.input_bytes * (2 if self.input_grad else 1)
+        return inputs + self.output_bytes + 2 * parameters
 
     @property
     def flops(self) -> int:
-        """A multiply and an add for each element of x and output, in y and again in dW."""
-        return 4 * self.batch * self.inputs * self.outputs
+        """A multiply and an add for each element of x and output, in y, in dW and in dx."""
+        products = 3 if self.input_grad else 2
+        return 2 * products * self.batch * self.inputs * self.outputs
 
     @property
     def learning_rate(self) -> float:

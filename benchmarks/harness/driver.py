@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from harness import BENCHMARKS, display, machine, places, report, results
+from harness import BENCHMARKS, display, machine, places, report, results, tables
 from harness.contestant import Contestant
 from harness.protocol import MIN_ROUNDS, Budget, Entry, Measured, Protocol, Say, failure, measure
 
@@ -115,7 +115,7 @@ class _Run:
 
     def _start(self, kind: str) -> dict:
         now = datetime.datetime.now(datetime.UTC)
-        load = machine.load_average()
+        busy, load = machine.busy_cpus(), machine.load_average()
         return {
             "schema": results.SCHEMA_VERSION,
             "kind": kind,
@@ -127,18 +127,19 @@ class _Run:
             "versions": self._place.versions(),
             "commit": machine.commit(BENCHMARKS.parent),
             "threads": torch.get_num_threads(),
+            "busy_cpus": busy,
             "load_average": {"before": load, "after": load},
             "protocol": self._protocol.as_json(),
             "cases": [],
         }
 
     def _introduce(self) -> None:
-        facts, load = self._result["machine"], self._result["load_average"]["before"]
+        facts, busy = self._result["machine"], self._result["busy_cpus"]
         self._display.say(
             f"{facts['cpu']}; {self._result['threads']} threads each, CPUs {facts['affinity']}; "
-            f"load average {load}"
+            f"{tables.busy_words(self._result)}"
         )
-        if load[0] > 0.5:
+        if busy is not None and busy > results.MOST_BUSY_CPUS:
             self._display.warn("the machine is busy with something else: do not quote this run")
         entrants = [c for c in self._benchmark.contestants() if self._takes_part(c)]
         self._display.say(self._place.start(self._result["threads"], entrants))

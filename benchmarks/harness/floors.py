@@ -56,7 +56,7 @@ def build() -> str:
 
 
 class Floor(PerCall):
-    """A cost that no step can be below; it computes no loss, so it has no trajectory."""
+    """What a part of a step costs, done in a straightforward way; it computes no loss, so it has no trajectory."""
 
     role = "floor"
 

@@ -12,7 +12,7 @@ from harness.gpu_steps import GpuContestant, StepOf, captured
 
 
 class GpuFloor(GpuContestant):
-    """A cost that no step can be below; it computes no loss, so it has no trajectory."""
+    """What a part of a step costs, done in a straightforward way; it computes no loss, so it has no trajectory."""
 
     role = "floor"
 

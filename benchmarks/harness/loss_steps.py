@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Loss and gradients of a linear layer as contestants: forward and backward, no optimizer.
 
-The input needs no gradient, as that of a first layer; `.grad` is None at every start, as after
-zero_grad().
+The input needs no gradient, as that of a first layer, unless the case says that it does, as behind a
+body that is trained; `.grad` is None at every start, as after zero_grad().
 """
 
 from __future__ import annotations
@@ -38,16 +38,31 @@ def fused_loss(
 
 
 def make_step(model: torch.nn.Linear, loss_of: Loss) -> Callable[[Any, Any], Any]:
-    """`step(x, target)` that leaves fresh gradients in the model and returns the loss."""
+    """`step(x, target)` that leaves fresh gradients in the model, and in x if it requires one, and
+    returns the loss."""
     weight, bias = model.weight, model.bias
 
     def step(x: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        weight.grad = bias.grad = None
+        weight.grad = bias.grad = x.grad = None
         loss = loss_of(x, weight, bias, target)
         loss.backward()
         return loss
 
     return step
+
+
+def _check_input_grad(x: torch.Tensor, model: torch.nn.Linear, target: torch.Tensor) -> None:
+    """Holds x.grad against the formula in float64: it does not show in the parameters."""
+    with torch.no_grad():
+        weight, bias = model.weight.double(), model.bias.double()
+        dy = (x.double() @ weight.T + bias - target.double()) * (2.0 / target.numel())
+        exact = dy @ weight
+        scale = (dy.abs() @ weight.abs()).max()
+        # y and the products are rounded in the dtype of x.
+        allowed = 8 * torch.finfo(x.dtype).eps * scale
+        error = (x.grad.double() - exact).abs().max()
+    if not error <= allowed:
+        raise AssertionError(f"dx: error {error:.3g}, allowed {allowed:.3g}")
 
 
 class LossAndGradients(TorchStep):
@@ -63,11 +78,17 @@ class LossAndGradients(TorchStep):
         self._rate = data.case.learning_rate
         return make_step(self._model, self._loss_of)
 
+    def arguments(self, data: Data) -> tuple[torch.Tensor, torch.Tensor]:
+        x, target = data.tensors
+        return x.detach().requires_grad_(data.case.input_grad), target
+
     def trajectory(self, steps: int) -> Trajectory:
         x, target = self._arguments
         losses = []
         for _ in range(steps):
             losses.append(self._call(x, target).item())
+            if x.requires_grad:
+                _check_input_grad(x, self._model, target)
             with torch.no_grad():
                 for p in self._model.parameters():
                     p.sub_(self._rate * p.grad)
@@ -89,5 +110,5 @@ class Compiled(LossAndGradients):
         self._rate = data.case.learning_rate
         compiled = torch.compile(self._loss_of, fullgraph=True, dynamic=False)
         # Another model's gradients: compiling is no part of a step.
-        make_step(make_linear(data), compiled)(*data.tensors)
+        make_step(make_linear(data), compiled)(*self._arguments)
         return make_step(self._model, compiled)

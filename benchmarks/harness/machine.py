@@ -12,22 +12,26 @@ from pathlib import Path
 _PACKAGES = ("torch", "fused_step", "numpy")
 
 
-def _cpu_model() -> str:
+def _cpu_facts() -> dict[str, str]:
+    """What Linux says of the first CPU."""
     try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
+        text = Path("/proc/cpuinfo").read_text().partition("\n\n")[0]
     except OSError:
-        pass
-    return platform.processor() or platform.machine()
+        return {}
+    pairs = (line.partition(":") for line in text.splitlines())
+    return {name.strip(): value.strip() for name, _, value in pairs}
 
 
-def _vector_extensions() -> list[str]:
-    try:
-        text = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return []
-    flags = next((line for line in text.splitlines() if line.startswith("flags")), "").split()
+def _cpu_model(facts: dict[str, str]) -> str:
+    """Its name; on a virtual machine that may be the brand alone, and family and model say which."""
+    name = facts.get("model name") or platform.processor() or platform.machine()
+    if "cpu family" not in facts:
+        return name
+    return f"{name} (family {facts['cpu family']}, model {facts.get('model', '?')})"
+
+
+def _vector_extensions(facts: dict[str, str]) -> list[str]:
+    flags = facts.get("flags", "").split()
     return [name for name in ("avx", "avx2", "fma", "avx512f", "avx512_bf16") if name in flags]
 
 
@@ -50,16 +54,29 @@ def _memory_gib() -> float:
 
 def machine() -> dict:
     """Facts about the machine; nothing in it names the machine or its user."""
+    facts = _cpu_facts()
     affinity = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
     return {
-        "cpu": _cpu_model(),
-        "vector_extensions": _vector_extensions(),
+        "cpu": _cpu_model(facts),
+        "vector_extensions": _vector_extensions(facts),
         "logical_cpus": os.cpu_count() or 1,
         "affinity": affinity,
         "caches": _caches(),
         "memory_gib": _memory_gib(),
         "system": f"{platform.system()} {platform.machine()}",
     }
+
+
+def busy_cpus(seconds: float = 0.5) -> float | None:
+    """How many CPUs were busy on average over the next `seconds`; None without psutil.
+
+    The load average of a minute would count the benchmark that ran before.
+    """
+    try:
+        import psutil
+    except ImportError:
+        return None
+    return round(psutil.cpu_percent(interval=seconds) / 100.0 * (os.cpu_count() or 1), 2)
 
 
 def load_average() -> list[float]:

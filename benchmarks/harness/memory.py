@@ -67,11 +67,12 @@ def judge_step(case: Any, entries: Mapping[str, Any]) -> dict:
 
 
 def judge_loss(case: Any, entries: Mapping[str, Any]) -> dict:
-    """Holds `loss` to the larger of those, and its gradients on top: once as the forward pass makes
-    them and once as they are left."""
+    """Holds `loss` to the larger of those, and its gradients on top."""
     if case.dtype != "float32":
         return {"error": "the limit is one of float32"}
-    gradients = 2 * (case.weight_bytes + case.element_bytes * case.outputs)
+    gradients = case.weight_bytes + case.element_bytes * case.outputs
+    if case.input_grad:
+        gradients += case.input_bytes
     limit = max(case.output_bytes, case.input_bytes // 8) + gradients
     return _judge(case, "loss", limit, entries["loss"].memory)
 

@@ -33,12 +33,13 @@ def resnet50_shapes() -> tuple[tuple[int, ...], ...]:
 
 @dataclasses.dataclass(frozen=True)
 class OptimCase:
-    """One step of SGD over parameters of given shapes, in float32; their gradients stay."""
+    """One step of SGD over parameters of given shapes, in float32."""
 
     name: str
     title: str
     shapes: tuple[tuple[int, ...], ...]
     momentum: float = 0.0
+    new_grads: bool = False  # at each step other tensors than at the last, as backward() makes them
     targets: tuple[str, ...] = ()
     note: str = ""
     device: str = "cpu"
@@ -94,6 +95,7 @@ class OptimData:
         self.seed = seed
         self.start = [randn(shape) for shape in case.shapes]
         self.grads = [randn(shape) for shape in case.shapes]
+        self.other_grads = [g.clone() for g in self.grads] if case.new_grads else []
 
     def parameters(self, dtype: torch.dtype = torch.float32) -> list[torch.nn.Parameter]:
         """Copies of the start with their gradients."""

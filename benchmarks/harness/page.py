@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from harness import BENCHMARKS, curves, pictures, readme, report, side_by_side, tables
+from harness.results import MOST_BUSY_CPUS
 
 _TITLES = {
     "cpu": "A training step of a linear layer, on the CPU",
@@ -38,6 +39,9 @@ def publish(results: Sequence[dict], folder: Path) -> list[Path]:
     for result in results:
         if result["quick"] or not result["complete"]:
             raise SystemExit(f"not published: the result of {result['kind']} is not a complete one")
+        if (result["busy_cpus"] or 0.0) > MOST_BUSY_CPUS:
+            busy = tables.busy_words(result)
+            raise SystemExit(f"not published: the result of {result['kind']}: {busy}")
     root = BENCHMARKS.parent
     page, images, front = root / "docs/performance.md", root / "docs/images", root / "README.md"
     images.mkdir(parents=True, exist_ok=True)
@@ -72,9 +76,13 @@ def _section(result: dict, title: str, folder_of_results: str, folder_of_images:
     lines = ["", f"## {title}", "", *tables.header_lines(result)[2:], ""]
     for name, what in _pictures(result).items():
         lines += [f"![{title}: {what}]({folder_of_images}/{name}.png)", ""]
-    lines += tables.target_lines(result["cases"])[5:]
+    if targets := tables.target_lines(result["cases"]):
+        lines += [*targets[5:], ""]
+    elif not curves.has_curves(result):
+        subject = tables.labels_of(result["cases"][0])[result["subject"]]
+        lines += [f"How many times as long as {subject} the others take:", ""]
+        lines += [*tables.ratio_lines(result), ""]
     lines += [
-        "",
         f"Every row, with its spread and its floors: [{kind}.md]({folder_of_results}/{kind}.md).",
     ]
     return "\n".join(lines) + "\n"

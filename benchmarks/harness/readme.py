@@ -13,10 +13,11 @@ BEGIN = "<!-- made by benchmarks/report.py --publish -->"
 END = "<!-- end -->"
 
 _TIMED = ("eager", "hand", "numpy", "jax", "jax_scan", "step", "run")
-_RATIOS = ("eager", "hand", "jax")
+_RATIOS = ("eager", "hand", "numpy", "jax")
 _HEADER = [
     *("B×I→O", "plan", "eager", "torch by hand", "NumPy", "JAX, jit", "JAX, lax.scan"),
-    *("step()", "run(), a step", "eager / step()", "by hand / step()", "JAX / step()"),
+    *("step()", "run(), a step"),
+    *("eager / step()", "by hand / step()", "NumPy / step()", "JAX / step()"),
 ]
 
 
@@ -30,23 +31,31 @@ def put_into(text: str, by_kind: Mapping[str, dict]) -> str:
 
 
 def section(by_kind: Mapping[str, dict]) -> str:
-    """What stands between the marks, from the results of cpu, loss, head and optim."""
+    """What stands between the marks, from the results of cpu, cpu-cold, loss, head and optim."""
     cpu = by_kind["cpu"]
     lines = [
         *_paragraph(
             f"Microseconds per training step, float32, on {cpu['threads']} threads of "
-            f"{cpu['machine']['cpu']} with torch {cpu['versions']['torch']}, load average "
-            f"{cpu['load_average']['before'][0]:g} before: medians of interleaved rounds; the last "
-            "three columns are medians of the rounds' ratios. "
-            '"torch by hand" is the same step written without autograd.'
+            f"{cpu['machine']['cpu']} with torch {cpu['versions']['torch']}: medians of "
+            "interleaved rounds; the last four columns are medians of the rounds' ratios. "
+            '"torch by hand" is the same step written without autograd, with every view and buffer '
+            "made once."
         ),
         "",
         *tables.table_lines(_HEADER, [_row(case) for case in cpu["cases"]]),
     ]
+    if "cpu-cold" in by_kind:
+        cases = by_kind["cpu-cold"]["cases"]
+        words = [f"{_ratio(case, 'eager')} at {case['title']}" for case in cases]
+        how = "These are steps in a tight loop. With the caches emptied before each step eager takes"
+        lines += ["", *_paragraph(f"{how} {', '.join(words)}.")]
     if "loss" in by_kind:
         cases = by_kind["loss"]["cases"]
         words = [f"{_ratio(case, 'eager')} at {case['title']}" for case in cases]
-        torchs = "`linear_mse_loss` against `F.mse_loss(F.linear(...))`"
+        torchs = (
+            "`linear_mse_loss`, forward and backward, against `F.mse_loss(F.linear(...))`, where "
+            "the input needs no gradient or (with dx) does"
+        )
         lines += ["", *_paragraph(f"{torchs}: {', '.join(words)}.")]
     if "head" in by_kind:
         cases = by_kind["head"]["cases"]
@@ -62,7 +71,7 @@ def section(by_kind: Mapping[str, dict]) -> str:
             f"on {case['title']}"
             for case in by_kind["optim"]["cases"]
         ]
-        torchs = "`fused_step.SGD` against torch's fused, foreach and for-loop"
+        torchs = "`fused_step.SGD.step()` against torch's fused, foreach and for-loop"
         lines += ["", *_paragraph(f"{torchs}: {'; '.join(words)}.")]
     lines += ["", "Where it falls short:", ""]
     for kind in ("cpu", "loss", "head", "optim"):

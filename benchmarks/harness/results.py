@@ -12,6 +12,7 @@ from harness.protocol import Entry, Measured
 from harness.stats import Spread, aa_noise, is_equal
 
 SCHEMA_VERSION = 1
+MOST_BUSY_CPUS = 0.25  # with other things before a run: one of a busier machine is not published
 
 
 def _microseconds(seconds: float) -> float:
@@ -141,6 +142,7 @@ def load(path: Path) -> dict:
     """Reads a result file; what an older one did not measure is there as "not measured"."""
     result = json.loads(path.read_text())
     validate(result)
+    result.setdefault("busy_cpus", None)
     result["protocol"].setdefault("cold", False)
     for case in result["cases"]:
         for contestant in case["contestants"]:

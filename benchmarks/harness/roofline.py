@@ -22,7 +22,8 @@ class Part(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Roofline:
-    """Microseconds of a step that no step can be below; None where the floor was not measured."""
+    """Microseconds for the parts of a step at the measured rates; None where the floor was not
+    measured."""
 
     call: float | None = None
     bytes: float | None = None  # minimal bytes over the measured bandwidth

@@ -33,9 +33,14 @@ def aa_noise(first: np.ndarray, second: np.ndarray) -> float:
     80th percentile. Wider than the error of a median over the rounds: nothing below it is claimed.
     """
     spread = Spread.of(second / first)
-    return max(abs(spread.median - 1.0), (spread.p80 - spread.p20) / 2.0)
+    return max(_distance_from_1(spread.median), (spread.p80 - spread.p20) / 2.0)
 
 
 def is_equal(ratio: float, noise: float) -> bool:
     """Whether a ratio of times is within the noise of 1."""
-    return max(ratio, 1.0 / ratio) - 1.0 <= noise
+    return _distance_from_1(ratio) <= noise
+
+
+def _distance_from_1(ratio: float) -> float:
+    """The same for a ratio and its inverse."""
+    return max(ratio, 1.0 / ratio) - 1.0

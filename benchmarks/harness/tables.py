@@ -103,6 +103,13 @@ def device_name(result: dict) -> str:
     return machine["gpu"]["name"] if "gpu" in machine else machine["cpu"]
 
 
+def busy_words(result: dict) -> str:
+    """What else the machine did when the run began."""
+    busy = result["busy_cpus"]
+    of = f"of {result['machine']['logical_cpus']} CPUs"
+    return "other load not measured" if busy is None else f"{busy:g} {of} busy with other things"
+
+
 def header_lines(result: dict) -> list[str]:
     machine, versions, commit = result["machine"], result["versions"], result["commit"]
     caches = ", ".join(
@@ -113,15 +120,15 @@ def header_lines(result: dict) -> list[str]:
     sources = commit["hash"][:12] if commit["hash"] else "unknown"
     if commit["dirty"]:
         sources += " with uncommitted changes"
-    before, after = (result["load_average"][when][0] for when in ("before", "after"))
     protocol = result["protocol"]
     on = f" on CPUs {', '.join(map(str, machine['affinity']))}" if machine.get("affinity") else ""
     lines = [
         f"# Benchmark: {result['kind']}",
         "",
         *([f"- {gpu_words(machine['gpu'])}"] if "gpu" in machine else []),
-        f"- {machine['cpu']}, {machine['logical_cpus']} logical CPUs, {caches}",
-        f"- {result['threads']} threads each{on}; load average {before:g} before, {after:g} after",
+        f"- {machine['cpu']}, {machine['logical_cpus']} logical CPUs, {caches}; "
+        + " ".join(machine["vector_extensions"]),
+        f"- {result['threads']} threads each{on}; {busy_words(result)} before",
         "- " + ", ".join(f"{name} {version}" for name, version in versions.items()),
         f"- sources: {sources}; {result['created']}",
         f"- up to {protocol['rounds']} rounds a case, {_sample_words(protocol)}",
@@ -139,15 +146,34 @@ def target_lines(cases: Sequence[dict]) -> list[str]:
         for target in case["targets"]:
             measured = spread(target["measured"], "×")
             words = target_words(target, labels_of(case))
-            rows.append([case["title"], words, measured, reached_words(target)])
+            rounds = str(case["rounds"])
+            rows.append([case["title"], words, measured, rounds, reached_words(target)])
     if not rows:
         return []
     lines = ["", "## Targets", "", "Measured: median of the per-round ratios (p20–p80).", ""]
-    return lines + table_lines(["case", "target", "measured", "reached"], rows)
+    return lines + table_lines(["case", "target", "measured", "rounds", "reached"], rows)
+
+
+def ratio_lines(result: dict) -> list[str]:
+    """A row for each case: how many times the subject's time everybody else takes."""
+    labels: dict[str, str] = {}
+    for case in result["cases"]:
+        labels |= {c["key"]: c["label"] for c in case["contestants"] if c["role"] == "contestant"}
+    again = {case["aa"]["again"] for case in result["cases"] if case["aa"]}
+    keys = [key for key in labels if key != result["subject"] and key not in again]
+    rows = []
+    for case in result["cases"]:
+        by_key = {c["key"]: c for c in case["contestants"] if c["ratio"]}
+        noise = percent(case["aa"]["noise"]) if case["aa"] else "–"
+        ratios = (f"{number(by_key[k]['ratio']['median'])}×" if k in by_key else "–" for k in keys)
+        rows.append([case["title"], *ratios, noise])
+    kept = [n for n in range(len(keys)) if any(row[1 + n] != "–" for row in rows)]
+    header = ["", *(labels[keys[n]] for n in kept), "A/A noise"]
+    return table_lines(header, [[row[0], *(row[1 + n] for n in kept), row[-1]] for row in rows])
 
 
 _CPU_LIMIT = (
-    "Limit: B·O floats; for one-pass at least bytes(x)/8; for the loss its gradients twice on top."
+    "Limit: B·O floats; for one-pass at least bytes(x)/8; for the loss its gradients on top."
     " ATen: peak of torch's allocator in one step. Resident: growth of the process's resident peak"
     " over the first three steps (pages of code included, hence 1 MiB of slack)."
 )

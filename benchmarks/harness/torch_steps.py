@@ -78,33 +78,22 @@ class Eager(TorchStep):
         self._model = None
 
 
-class HandWritten(TorchStep):
-    """The step in torch operations without autograd: the update is a GEMM into the weight.
+class _WithoutAutograd(TorchStep):
+    """A step in torch operations on tensors that do not require grad.
 
     Grad mode is switched off once around a batch of steps, not in every step, as someone who
     writes such a loop would do.
     """
 
     def build(self, data: Data) -> Callable[[Any, Any], Any]:
-        weight = self._weight = torch.from_numpy(data.weight).clone()  # [O, I]
-        bias = self._bias = torch.from_numpy(data.bias).clone()  # [O]
-        update = self.make_update(data.case)
-        return lambda x, target: update(weight, bias, x, target)
+        self._weight = torch.from_numpy(data.weight).clone()  # [O, I]
+        self._bias = torch.from_numpy(data.bias).clone()  # [O]
+        self._alpha = -2.0 * data.case.learning_rate / (data.case.batch * data.case.outputs)
+        return self.make_step(data)
 
-    def make_update(self, case: Case) -> Callable[..., torch.Tensor]:
-        """A function of (weight, bias, x, target) that changes the first two; returns the loss."""
-        alpha = -2.0 * case.learning_rate / (case.batch * case.outputs)
-
-        def update(
-            weight: torch.Tensor, bias: torch.Tensor, x: torch.Tensor, target: torch.Tensor
-        ) -> torch.Tensor:
-            error = torch.addmm(bias, x, weight.T) - target
-            loss = error.square().mean()
-            weight.addmm_(error.T, x, alpha=alpha)
-            bias.add_(error.sum(0), alpha=alpha)
-            return loss
-
-        return update
+    def make_step(self, data: Data) -> Callable[[Any, Any], Any]:
+        """`step(x, target)` that changes weight and bias and returns the loss."""
+        raise NotImplementedError
 
     def trajectory(self, steps: int):
         with torch.no_grad():
@@ -122,25 +111,48 @@ class HandWritten(TorchStep):
         self._weight = self._bias = None
 
 
-class Compiled(HandWritten):
-    """The same by torch.compile's default backend."""
+class HandWritten(_WithoutAutograd):
+    """With the fewest operations and no memory but the loss's: views and buffer are made once, the
+    updates are products into weight and bias."""
+
+    def make_step(self, data: Data) -> Callable[[Any, Any], Any]:
+        weight, bias, alpha = self._weight, self._bias, self._alpha
+        B, O = data.case.batch, data.case.outputs
+        error = torch.empty(B, O)
+        weight_t, error_t, flat = weight.t(), error.t(), error.view(-1)
+        ones = torch.ones(B)
+
+        def step(x: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+            torch.addmm(bias, x, weight_t, out=error)
+            error.sub_(target)
+            loss = torch.dot(flat, flat).div_(B * O)
+            weight.addmm_(error_t, x, alpha=alpha)
+            bias.addmv_(error_t, ones, alpha=alpha)
+            return loss
+
+        return step
+
+
+class Compiled(_WithoutAutograd):
+    """By torch.compile's default backend, which fuses what can be and plans its own buffers."""
 
     imports = ("torch._inductor.compile_fx",)
 
-    def make_update(self, case: Case) -> Callable[..., torch.Tensor]:
+    def make_step(self, data: Data) -> Callable[[Any, Any], Any]:
         torch.compiler.reset()  # each case is compiled for its own sizes
-        update = super().make_update(case)
-        self._compiled = torch.compile(update, fullgraph=True, dynamic=False)
-        return self._compiled
+        weight, bias, alpha = self._weight, self._bias, self._alpha
 
-    def build(self, data: Data) -> Callable[[Any, Any], Any]:
-        step = super().build(data)
+        def update(
+            weight: torch.Tensor, bias: torch.Tensor, x: torch.Tensor, target: torch.Tensor
+        ) -> torch.Tensor:
+            error = torch.addmm(bias, x, weight.T) - target
+            loss = error.square().mean()
+            weight.addmm_(error.T, x, alpha=alpha)
+            bias.add_(error.sum(0), alpha=alpha)
+            return loss
+
+        compiled = torch.compile(update, fullgraph=True, dynamic=False)
         # On copies: compiling is no part of a step, neither of its time nor of its memory.
-        weight, bias = self._weight.clone(), self._bias.clone()
         with torch.no_grad():
-            self._compiled(weight, bias, *data.tensors)
-        return step
-
-    def release(self) -> None:
-        super().release()
-        self._compiled = None
+            compiled(weight.clone(), bias.clone(), *data.tensors)
+        return lambda x, target: compiled(weight, bias, x, target)

@@ -66,17 +66,17 @@ at::Tensor sgd_cuda(const SgdCudaStep& step, SgdCudaMemory& memory) {
   return memory->step(step);
 }
 
-LinearMseResult linear_mse_gradients(const at::Tensor& input, const at::Tensor& weight,
+LinearMseResult linear_mse(const at::Tensor& input, const at::Tensor& weight,
                                      const std::optional<at::Tensor>& bias,
                                      const at::Tensor& target, std::string_view reduction,
                                      bool need_dinput, bool need_dweight, bool need_dbias,
-                                     bool need_residual) {
+                                     bool need_dy) {
   if (weight.is_cuda()) {
-    return linear_mse_gradients_cuda(input, weight, bias, target, reduction, need_dinput,
-                                     need_dweight, need_dbias, need_residual);
+    return linear_mse_cuda(input, weight, bias, target, reduction, need_dinput,
+                                     need_dweight, need_dbias, need_dy);
   }
-  return linear_mse_gradients_cpu(input, weight, bias, target, reduction, need_dinput, need_dweight,
-                                  need_dbias, need_residual);
+  return linear_mse_cpu(input, weight, bias, target, reduction, need_dinput, need_dweight,
+                                  need_dbias, need_dy);
 }
 
 const char* plan_name(const LinearSgdState& state, const at::Tensor& input, int64_t B) {
@@ -116,13 +116,13 @@ at::Tensor sgd_cuda(const SgdCudaStep& /*step*/, SgdCudaMemory& /*memory*/) {
   TORCH_INTERNAL_ASSERT(false, "is_served() allows no CUDA tensor in this build");
 }
 
-LinearMseResult linear_mse_gradients(const at::Tensor& input, const at::Tensor& weight,
+LinearMseResult linear_mse(const at::Tensor& input, const at::Tensor& weight,
                                      const std::optional<at::Tensor>& bias,
                                      const at::Tensor& target, std::string_view reduction,
                                      bool need_dinput, bool need_dweight, bool need_dbias,
-                                     bool need_residual) {
-  return linear_mse_gradients_cpu(input, weight, bias, target, reduction, need_dinput, need_dweight,
-                                  need_dbias, need_residual);
+                                     bool need_dy) {
+  return linear_mse_cpu(input, weight, bias, target, reduction, need_dinput, need_dweight,
+                                  need_dbias, need_dy);
 }
 
 const char* plan_name(const LinearSgdState& state, const at::Tensor& /*input*/, int64_t B) {

@@ -46,8 +46,8 @@ using SgdCudaMemory = std::shared_ptr<SgdCuda>;
 // the step asks for it, else undefined.
 at::Tensor sgd_cuda(const SgdCudaStep& step, SgdCudaMemory& memory);
 
-// linear_mse.h's linear_mse_gradients_*, by the engine of the weight's device.
-LinearMseSignature linear_mse_gradients;
+// linear_mse.h's, by the engine of the weight's device.
+LinearMseSignature linear_mse;
 
 // The plan for B rows of `input`, and why no deeper one: empty for the deepest.
 const char* plan_name(const LinearSgdState& state, const at::Tensor& input, int64_t B);

@@ -2,6 +2,7 @@
 #include "bindings/head_step.h"
 
 #include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/record_function.h>
 #include <pybind11/cast.h>
 #include <pybind11/gil_simple.h>
 
@@ -145,12 +146,13 @@ py::object HeadStep::loss(py::handle hidden, py::handle target) {
   at::Tensor loss;
   {
     const py::gil_scoped_release_simple no_gil;
+    RECORD_FUNCTION("TrainStep.loss", {});
     const at::AutoDispatchBelowADInplaceOrView below;
-    LinearMseResult result = linear_mse_gradients(
+    LinearMseResult result = linear_mse(
         input, weight, bias, tensor_of(target.ptr()),
         model.reduction == Reduction::kMean ? "mean" : "sum", of_input, of_weight, of_bias,
-        /*need_residual=*/false);
-    auto& [made_loss, dinput, dweight, dbias, residual] = result;
+        /*need_dy=*/false);
+    auto& [made_loss, dinput, dweight, dbias, dy] = result;
     loss = std::move(made_loss);
     // In the order in which the nodes of nn.Linear come to them.
     std::vector<at::Tensor> tensors, gradients;

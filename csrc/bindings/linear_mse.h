@@ -18,27 +18,22 @@ namespace fused_step {
 
 constexpr const char* kLinearMse = "fused_step::linear_mse";
 
-// loss, then dinput, dweight, dbias and residual; [0] what was not asked for. With r = y - t the
-// loss is s_l * sum r^2, the gradients are r W, r^T x and the sum of r's rows: what they still lack
-// is the factor 2 * s_l * dL/dloss. Under "none" the loss is r^2, and there are no gradients.
-// The loss has the dtype of linear_weight and target, dinput that of input, residual that of
-// target; of 16-bit parameters dweight and dbias are float32, and so is whatever would be float16:
-// rounded to it before the factor, they would lose what a GradScaler's makes visible again.
+// loss, then dinput, dweight, dbias and dy; [0] what was not asked for. With r = y - t the loss is
+// s_l * sum r^2, dy = 2 * s_l * r, the gradients are dy W, dy^T x and the sum of dy's rows: all as
+// they are where dL/dloss is 1. Under "none" the loss is r^2, dy = 2 * r, and there are no others.
+// The loss has the dtype of linear_weight and target, dinput that of input, dy that of target; of
+// 16-bit parameters dweight and dbias are float32, and so is whatever would be float16: rounded to
+// it before a GradScaler's factor comes in, they would lose what it makes visible again.
 using LinearMseResult = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 using LinearMseSignature = LinearMseResult(const at::Tensor& input, const at::Tensor& linear_weight,
                                            const std::optional<at::Tensor>& linear_bias,
                                            const at::Tensor& target, std::string_view reduction,
                                            bool need_dinput, bool need_dweight, bool need_dbias,
-                                           bool need_residual);
+                                           bool need_dy);
 
 // Each engine's.
 LinearMseSignature linear_mse_cpu;
 LinearMseSignature linear_mse_cuda;  // builds with CUDA only
-
-// The same where dL/dloss is known to be 1: the gradients have their factor 2 * s_l, and nobody
-// needs the residual.
-LinearMseSignature linear_mse_gradients_cpu;
-LinearMseSignature linear_mse_gradients_cuda;  // builds with CUDA only
 
 // The loss with its derivative: fused_step::linear_mse_loss where something may require grad.
 at::Tensor linear_mse_loss_autograd(const at::Tensor& input, const at::Tensor& weight,

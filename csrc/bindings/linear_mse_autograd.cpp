@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
-// The derivative of fused_step::linear_mse_loss. The gradients are made with the loss, without the
-// factor that the backward pass brings; it multiplies by that factor and rounds once.
+// The derivative of fused_step::linear_mse_loss. The gradients are made with the loss, as they are
+// for dL/dloss = 1; the backward pass multiplies them by another one, and rounds once.
 //
 // A node of its own, as PyTorch's built-in operators have one, and not an autograd.Function: it
 // unpacks what it needs and nothing else. A weight that was changed in place after the forward pass
@@ -80,7 +80,7 @@ class LinearMseBackward : public torch::autograd::Node {
   void save(const at::Tensor& input, const at::Tensor& weight,
             const std::optional<at::Tensor>& bias, const at::Tensor& target,
             std::string_view reduction, const LinearMseResult& result) {
-    const auto& [loss, dinput, dweight, dbias, residual] = result;
+    const auto& [loss, dinput, dweight, dbias, dy] = result;
     operands_[kInput] = saved(input, should_compute_output(kWeight));
     operands_[kWeight] = saved(weight, should_compute_output(kInput));
     operands_[kTarget] = saved(target, true);
@@ -90,7 +90,7 @@ class LinearMseBackward : public torch::autograd::Node {
     mean_ = reduction == "mean";
     numel_ = target.sym_numel();
     empty_ = numel_ == 0;
-    if (should_compute_output(kTarget) || none_) residual_ = SavedVariable(residual, false);
+    if (should_compute_output(kTarget) || none_) dy_ = SavedVariable(dy, false);
     if (none_) return;
     const std::array<const at::Tensor*, 3> stash = {&dinput, &dweight, &dbias};
     for (size_t k = 0; k < stash.size(); ++k) {
@@ -104,14 +104,14 @@ class LinearMseBackward : public torch::autograd::Node {
     const std::lock_guard<std::mutex> lock(mutex_);
     for (SavedVariable& t : operands_) t.reset_data();
     for (SavedVariable& t : stash_) t.reset_data();
-    residual_.reset_data();
+    dy_.reset_data();
   }
 
   // Compiled autograd: what a compiled backward pass depends on, and a trace of apply().
   void compiled_args(torch::dynamo::autograd::CompiledNodeArgs& args) const override {
     for (const SavedVariable& t : operands_) args.collect(t, /*is_output=*/false);
     for (const SavedVariable& t : stash_) args.collect(t, /*is_output=*/false);
-    args.collect(residual_, /*is_output=*/false);
+    args.collect(dy_, /*is_output=*/false);
     args.collect(numel_);
     for (const bool flag : {has_bias_, mean_, none_, empty_}) args.collect(flag);
   }
@@ -121,7 +121,7 @@ class LinearMseBackward : public torch::autograd::Node {
     const auto each = [&](const auto& visit) {
       for (SavedVariable& t : operands_) visit(t);
       for (SavedVariable& t : stash_) visit(t);
-      visit(residual_);
+      visit(dy_);
       visit(numel_);
     };
     each([&](auto& value) { saved.before(value); });
@@ -139,7 +139,7 @@ class LinearMseBackward : public torch::autograd::Node {
     if (at::GradMode::is_enabled()) {
       differentiable(grad, wanted);
     } else if (none_) {
-      from_residual(grad, wanted);
+      fill({at::mul(dy_.unpack(), widened(grad))}, wanted);
     } else {
       from_stash(grad, wanted);
     }
@@ -147,12 +147,6 @@ class LinearMseBackward : public torch::autograd::Node {
   }
 
  private:
-  // s * dL/dloss of dL/dy = s * dL/dloss * r.
-  at::Tensor dy_factor(const at::Tensor& grad) const {
-    const at::Tensor wide = widened(grad);
-    return mean_ ? at::mul(wide, at::Scalar(2.0 / numel_)) : at::mul(wide, 2.0);
-  }
-
   // Whether `t`, unpacked from `saved`, is an ordinary tensor that nobody will see again: this pass
   // frees the graph, and no hook of this node may go through it before. It may be overwritten then,
   // which spares the pages of another as large.
@@ -163,24 +157,22 @@ class LinearMseBackward : public torch::autograd::Node {
   }
 
   void from_stash(const at::Tensor& grad, variable_list& wanted) {
-    // Nothing to sum over: zeros, whatever the factor (2 / 0) may be.
-    const at::Tensor factor = empty_ ? at::Tensor() : dy_factor(grad);
+    const at::Tensor factor = widened(grad);
+    const bool is_plain = has_plain_keys(factor);
+    const bool is_one = is_plain && factor.is_cpu() && factor.item().toDouble() == 1.0;
     const auto scaled = [&](SavedVariable& saved) {
       at::Tensor t = saved.unpack();
+      // Nothing was summed over: zeros, whatever dL/dloss may be.
       if (empty_) return at::zeros_like(t);
       // With a factor of no dimensions a 16-bit tensor is multiplied in float and rounded once.
-      if (!is_last_use(saved, t) || !has_plain_keys(factor)) return at::mul(t, factor);
+      if (!is_plain || !is_last_use(saved, t)) return at::mul(t, factor);
       saved.reset_data();  // a pass of another thread must not find it multiplied
-      return t.mul_(factor);
+      return is_one ? t : t.mul_(factor);
     };
     for (size_t k = 0; k < stash_.size(); ++k) {
       if (task_should_compute_output(k)) wanted[k] = scaled(stash_[k]);
     }
-    if (task_should_compute_output(kTarget)) wanted[kTarget] = at::neg(scaled(residual_));
-  }
-
-  void from_residual(const at::Tensor& grad, variable_list& wanted) const {
-    fill({at::mul(residual_.unpack(), dy_factor(grad))}, wanted);
+    if (task_should_compute_output(kTarget)) wanted[kTarget] = at::neg(scaled(dy_));
   }
 
   void differentiable(const at::Tensor& grad, variable_list& wanted) const {
@@ -190,7 +182,9 @@ class LinearMseBackward : public torch::autograd::Node {
     const at::Tensor y =
         at::linear(widened(operands_[kInput].unpack()), widened(operands_[kWeight].unpack()), bias);
     const at::Tensor residual = at::sub(y, target);
-    fill({empty_ ? residual : at::mul(residual, dy_factor(grad))}, wanted);
+    const c10::SymFloat dy_scale = mean_ ? 2.0 / numel_ : c10::SymFloat(2.0);
+    fill({empty_ ? residual : at::mul(residual, at::mul(widened(grad), at::Scalar(dy_scale)))},
+         wanted);
   }
 
   void fill(const Gradients& gradients, variable_list& wanted) const {
@@ -205,8 +199,8 @@ class LinearMseBackward : public torch::autograd::Node {
   }
 
   std::array<SavedVariable, kOperands> operands_;
-  std::array<SavedVariable, 3> stash_;  // gradients of input, weight and bias, without the factor
-  SavedVariable residual_;
+  std::array<SavedVariable, 3> stash_;  // gradients of input, weight and bias for dL/dloss = 1
+  SavedVariable dy_;
   c10::SymInt numel_;
   bool has_bias_ = false, mean_ = false, none_ = false, empty_ = false;
 };
@@ -214,11 +208,11 @@ class LinearMseBackward : public torch::autograd::Node {
 LinearMseResult call_linear_mse(const at::Tensor& input, const at::Tensor& weight,
                                 const std::optional<at::Tensor>& bias, const at::Tensor& target,
                                 std::string_view reduction, bool need_dinput, bool need_dweight,
-                                bool need_dbias, bool need_residual) {
+                                bool need_dbias, bool need_dy) {
   static const auto op =
       c10::Dispatcher::singleton().findSchemaOrThrow(kLinearMse, "").typed<LinearMseSignature>();
   return op.call(input, weight, bias, target, reduction, need_dinput, need_dweight, need_dbias,
-                 need_residual);
+                 need_dy);
 }
 
 // Where nothing is differentiated.

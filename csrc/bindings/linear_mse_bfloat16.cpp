@@ -72,7 +72,7 @@ void bfloat16_gemm(const WidenedBatch<BFloat16, BFloat16>& b, const at::Tensor& 
   Arrays arrays;
   const int64_t bias_at = arrays.add<float>(O);
   const int64_t residual_at = arrays.add<float>(most_rows * O);
-  const int64_t y_at = arrays.add<BFloat16>(b.residual == nullptr ? most_rows * O : 0);
+  const int64_t y_at = arrays.add<BFloat16>(b.dy == nullptr ? most_rows * O : 0);
   const int64_t sums_at = arrays.add<double>(most.count * sums_stride(O));
   arrays.reserve(workspace);
   const at::Tensor weight = matrix(b.weight, O, I, I);
@@ -87,8 +87,7 @@ void bfloat16_gemm(const WidenedBatch<BFloat16, BFloat16>& b, const at::Tensor& 
     const int64_t n = std::min(most_rows, B - row);
     const at::Tensor x = matrix(b.x + row * b.x_stride, n, I, b.x_stride);
     // y first, then dL/dy.
-    BFloat16* const rounded =
-        b.residual != nullptr ? b.residual + row * O : arrays.at<BFloat16>(y_at);
+    BFloat16* const rounded = b.dy != nullptr ? b.dy + row * O : arrays.at<BFloat16>(y_at);
     at::Tensor y = matrix(rounded, n, O, O);
     at::mm_out(y, x, weight.t());
     widen_rows(rounded, O, n, O, residual);

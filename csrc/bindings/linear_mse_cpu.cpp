@@ -27,12 +27,12 @@ struct Batch {
   at::Tensor target;  // [B, O]
   at::Tensor loss;    // []
   // Contiguous; dtypes as LinearMseResult has them.
-  at::Tensor dx;        // [B, I]
-  at::Tensor dweight;   // [O, I]
-  at::Tensor dbias;     // [O]
-  at::Tensor residual;  // [B, O]
+  at::Tensor dx;       // [B, I]
+  at::Tensor dweight;  // [O, I]
+  at::Tensor dbias;    // [O]
+  at::Tensor dy;       // [B, O]
   Reduction reduction = Reduction::kMean;
-  double dy_scale = 1.0;  // of the gradients and the residual
+  double dy_scale = 1.0;  // infinite for an empty batch, of which there is nothing to multiply
 
   int64_t B() const { return x.size(0); }
   int64_t I() const { return weight.size(1); }
@@ -77,20 +77,20 @@ void one_pass(const Batch& b) {
   finish_sums<T>(b, partial.dbias, partial.loss, cut.count);
 }
 
-// The residual is made in the memory of y, which is given back when nobody asked for it.
+// dL/dy is made in the memory of y, which is given back when nobody asked for it.
 template <typename T>
 void gemm(Batch& b) {
   const int64_t B = b.B(), O = b.O();
   const RowChunks cut = cut_rows(B, cpu::residual_chunks(B, O));
   Workspace workspace;
   const cpu::PartialSums<T> sums = reserve_partials<T>(workspace, cut.count, O, b.I(), false);
-  at::Tensor r = b.residual.defined() ? b.residual : at::empty({B, O}, b.weight.options());
-  at::mm_out(r, b.x, b.weight.t());
-  residual_sums<T>({written<T>(r), read<T>(b.target), b.target.stride(0), read<T>(b.bias), B, O,
+  at::Tensor dy = b.dy.defined() ? b.dy : at::empty({B, O}, b.weight.options());
+  at::mm_out(dy, b.x, b.weight.t());
+  residual_sums<T>({written<T>(dy), read<T>(b.target), b.target.stride(0), read<T>(b.bias), B, O,
                     b.dy_scale, sums.dbias, sums.loss},
                    cut);
-  if (b.dweight.defined()) at::mm_out(b.dweight, r.t(), b.x);
-  if (b.dx.defined()) at::mm_out(b.dx, r, b.weight);
+  if (b.dweight.defined()) at::mm_out(b.dweight, dy.t(), b.x);
+  if (b.dx.defined()) at::mm_out(b.dx, dy, b.weight);
   finish_sums<T>(b, sums.dbias, sums.loss, cut.count);
 }
 
@@ -105,7 +105,7 @@ WidenedBatch<X, P> widened(const Batch& b) {
           {b.B(), b.I(), b.O()},
           b.dy_scale,
           written<cpu::Unscaled<X>>(b.dx),
-          written<cpu::Unscaled<P>>(b.residual)};
+          written<cpu::Unscaled<P>>(b.dy)};
 }
 
 template <typename X, typename P>
@@ -128,8 +128,8 @@ void gemm_widened(const Batch& b) {
 template <typename X, typename P>
 void compute(Batch& b) {
   const cpu::Plan plan = choose_cpu_plan({b.B(), b.I(), b.O()}, b.weight.scalar_type());
-  // One-pass has each residual in registers only.
-  const bool one_pass_fits = plan == cpu::Plan::kOnePass && !b.residual.defined();
+  // One-pass has each dL/dy in registers only.
+  const bool one_pass_fits = plan == cpu::Plan::kOnePass && !b.dy.defined();
   if constexpr (kIs16Bit<X>) {
     one_pass_fits ? one_pass_widened<X, P>(b) : gemm_widened<X, P>(b);
   } else {
@@ -137,10 +137,12 @@ void compute(Batch& b) {
   }
 }
 
-LinearMseResult evaluate(const at::Tensor& input, const at::Tensor& weight,
+}  // namespace
+
+LinearMseResult linear_mse_cpu(const at::Tensor& input, const at::Tensor& weight,
                          const std::optional<at::Tensor>& bias, const at::Tensor& target,
                          std::string_view reduction, bool need_dinput, bool need_dweight,
-                         bool need_dbias, bool need_residual, bool has_factor) {
+                         bool need_dbias, bool need_dy) {
   check_reduction(reduction);
   check_linear_mse(input, weight, bias, target);
   check_linear_mse_memory(input, weight, bias, target);
@@ -149,7 +151,7 @@ LinearMseResult evaluate(const at::Tensor& input, const at::Tensor& weight,
   const bool none = reduction == "none";
   const at::TensorOptions options = weight.options(),
                           of_x = options.dtype(unscaled_dtype(input.scalar_type())),
-                          of_residual = options.dtype(unscaled_dtype(target.scalar_type()));
+                          of_dy = options.dtype(unscaled_dtype(target.scalar_type()));
   const at::TensorOptions of_sums = options.dtype(accum_dtype(weight.scalar_type()));
   Batch b;
   b.x = as_rows(input, I);
@@ -157,13 +159,12 @@ LinearMseResult evaluate(const at::Tensor& input, const at::Tensor& weight,
   if (bias.has_value()) b.bias = bias->contiguous();
   b.target = as_rows(target, O);
   b.reduction = reduction == "mean" ? Reduction::kMean : Reduction::kSum;
-  // Of no rows it is infinite, and multiplies nothing.
-  if (has_factor) b.dy_scale = mse_dy_scale(b.reduction, b.B(), b.O());
+  b.dy_scale = mse_dy_scale(b.reduction, b.B(), b.O());
   b.loss = at::empty({}, options);
   if (need_dinput && !none) b.dx = at::empty({b.B(), I}, of_x);
   if (need_dweight && !none) b.dweight = at::empty({O, I}, of_sums);
   if (need_dbias && !none) b.dbias = at::empty({O}, of_sums);
-  if (need_residual || none) b.residual = at::empty({b.B(), O}, of_residual);
+  if (need_dy || none) b.dy = at::empty({b.B(), O}, of_dy);
   with_pair(input.scalar_type(), weight.scalar_type(),
             [&](auto x, auto param) { compute<decltype(x), decltype(param)>(b); });
 
@@ -172,30 +173,11 @@ LinearMseResult evaluate(const at::Tensor& input, const at::Tensor& weight,
     return t.defined() ? at::_unsafe_view(t, sizes) : at::empty({0}, like);
   };
   const at::Tensor loss =
-      none ? at::_unsafe_view(b.residual.square().to(weight.scalar_type()), target.sizes())
+      none ? at::_unsafe_view(b.dy.mul(0.5).square_().to(weight.scalar_type()), target.sizes())
            : b.loss;
-  if (!need_residual) b.residual = at::Tensor();
+  if (!need_dy) b.dy = at::Tensor();
   return {loss, result(b.dx, input.sizes(), of_x), result(b.dweight, weight.sizes(), of_sums),
-          result(b.dbias, {O}, of_sums), result(b.residual, target.sizes(), of_residual)};
-}
-
-}  // namespace
-
-LinearMseResult linear_mse_cpu(const at::Tensor& input, const at::Tensor& weight,
-                               const std::optional<at::Tensor>& bias, const at::Tensor& target,
-                               std::string_view reduction, bool need_dinput, bool need_dweight,
-                               bool need_dbias, bool need_residual) {
-  return evaluate(input, weight, bias, target, reduction, need_dinput, need_dweight, need_dbias,
-                  need_residual, /*has_factor=*/false);
-}
-
-LinearMseResult linear_mse_gradients_cpu(const at::Tensor& input, const at::Tensor& weight,
-                                         const std::optional<at::Tensor>& bias,
-                                         const at::Tensor& target, std::string_view reduction,
-                                         bool need_dinput, bool need_dweight, bool need_dbias,
-                                         bool need_residual) {
-  return evaluate(input, weight, bias, target, reduction, need_dinput, need_dweight, need_dbias,
-                  need_residual, /*has_factor=*/true);
+          result(b.dbias, {O}, of_sums), result(b.dy, target.sizes(), of_dy)};
 }
 
 }  // namespace fused_step

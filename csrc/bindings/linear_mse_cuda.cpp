@@ -32,7 +32,7 @@ struct Batch {
   at::Tensor dbias;     // [O]
   at::Tensor residual;  // [B, O]
   Reduction reduction = Reduction::kMean;
-  double grad_scale = 1.0;  // of dx, dweight and dbias
+  double dy_scale = 1.0;
 
   LinearShape shape() const { return {x.size(0), weight.size(1), weight.size(0)}; }
 };
@@ -56,7 +56,7 @@ void one_pass(const Batch& b, DeviceScratch& scratch, c10::cuda::CUDAStream stre
         {read<X>(b.x), read<P>(b.target), b.x.stride(0), b.target.stride(0)},
         shape,
         b.reduction,
-        b.grad_scale,
+        b.dy_scale,
         read<P>(b.weight),
         read<P>(b.bias),
         written<P>(b.loss),
@@ -95,14 +95,14 @@ void gemm(Batch& b, DeviceScratch& scratch, c10::cuda::CUDAStream stream) {
                                     read<P>(bias),
                                     written<P>(loss),
                                     written<Accum<P>>(b.dbias),
-                                    b.grad_scale,
+                                    b.dy_scale,
                                     reserve_scratch(scratch, stream, bytes)};
     C10_CUDA_CHECK(cuda::launch_residual(args, stream));
   });
   if (wide != dtype) b.loss.copy_(loss);
   r = r.to(dtype);
-  if (b.dweight.defined()) gemm_into(b.dweight, r.t(), x, b.grad_scale);
-  if (b.dx.defined()) gemm_into(b.dx, r, b.weight, b.grad_scale);
+  if (b.dweight.defined()) gemm_into(b.dweight, r.t(), x, b.dy_scale);
+  if (b.dx.defined()) gemm_into(b.dx, r, b.weight, b.dy_scale);
 }
 
 void compute(Batch& b, c10::cuda::CUDAStream stream) {
@@ -119,10 +119,12 @@ void compute(Batch& b, c10::cuda::CUDAStream stream) {
   by_gemm ? gemm(b, scratch, stream) : one_pass(b, scratch, stream);
 }
 
-LinearMseResult results(const at::Tensor& input, const at::Tensor& weight,
+}  // namespace
+
+LinearMseResult linear_mse_cuda(const at::Tensor& input, const at::Tensor& weight,
                         const std::optional<at::Tensor>& bias, const at::Tensor& target,
                         std::string_view reduction, bool need_dinput, bool need_dweight,
-                        bool need_dbias, bool need_residual, bool with_factor) {
+                        bool need_dbias, bool need_dy) {
   check_reduction(reduction);
   check_linear_mse(input, weight, bias, target);
   check_linear_mse_memory(input, weight, bias, target);
@@ -134,7 +136,7 @@ LinearMseResult results(const at::Tensor& input, const at::Tensor& weight,
   const bool none = reduction == "none";
   const at::TensorOptions options = weight.options(),
                           of_x = options.dtype(unscaled_dtype(input.scalar_type())),
-                          of_residual = options.dtype(unscaled_dtype(target.scalar_type())),
+                          of_dy = options.dtype(unscaled_dtype(target.scalar_type())),
                           of_sums = options.dtype(accum_dtype(weight.scalar_type()));
   Batch b;
   b.x = as_rows(input, I);
@@ -144,11 +146,11 @@ LinearMseResult results(const at::Tensor& input, const at::Tensor& weight,
   b.reduction = reduction == "mean" ? Reduction::kMean : Reduction::kSum;
   b.loss = at::empty({}, options);
   const int64_t B = b.x.size(0);
-  if (with_factor) b.grad_scale = mse_dy_scale(b.reduction, B, O);
+  b.dy_scale = mse_dy_scale(b.reduction, B, O);
   if (need_dinput && !none) b.dx = at::empty({B, I}, of_x);
   if (need_dweight && !none) b.dweight = at::empty({O, I}, of_sums);
   if (need_dbias && !none) b.dbias = at::empty({O}, of_sums);
-  if (need_residual || none) b.residual = at::empty({B, O}, of_residual);
+  if (need_dy || none) b.residual = at::empty({B, O}, of_dy);
   compute(b, c10::cuda::getCurrentCUDAStream());
 
   const auto result = [](const at::Tensor& t, at::IntArrayRef sizes,
@@ -158,28 +160,10 @@ LinearMseResult results(const at::Tensor& input, const at::Tensor& weight,
   const at::Tensor loss =
       none ? at::_unsafe_view(b.residual.square().to(weight.scalar_type()), target.sizes())
            : b.loss;
-  if (!need_residual) b.residual = at::Tensor();
+  at::Tensor dy;
+  if (need_dy) dy = b.residual.mul_(b.dy_scale);
   return {loss, result(b.dx, input.sizes(), of_x), result(b.dweight, weight.sizes(), of_sums),
-          result(b.dbias, {O}, of_sums), result(b.residual, target.sizes(), of_residual)};
-}
-
-}  // namespace
-
-LinearMseResult linear_mse_cuda(const at::Tensor& input, const at::Tensor& weight,
-                                const std::optional<at::Tensor>& bias, const at::Tensor& target,
-                                std::string_view reduction, bool need_dinput, bool need_dweight,
-                                bool need_dbias, bool need_residual) {
-  return results(input, weight, bias, target, reduction, need_dinput, need_dweight, need_dbias,
-                 need_residual, false);
-}
-
-LinearMseResult linear_mse_gradients_cuda(const at::Tensor& input, const at::Tensor& weight,
-                                          const std::optional<at::Tensor>& bias,
-                                          const at::Tensor& target, std::string_view reduction,
-                                          bool need_dinput, bool need_dweight, bool need_dbias,
-                                          bool need_residual) {
-  return results(input, weight, bias, target, reduction, need_dinput, need_dweight, need_dbias,
-                 need_residual, true);
+          result(b.dbias, {O}, of_sums), result(dy, target.sizes(), of_dy)};
 }
 
 }  // namespace fused_step

@@ -28,8 +28,8 @@ struct WidenedBatch {
   const P* bias;    // [O] or null
   LinearShape shape;
   double dy_scale;
-  cpu::Unscaled<X>* dx = nullptr;        // [B, I]
-  cpu::Unscaled<P>* residual = nullptr;  // [B, O], for the gemm plan
+  cpu::Unscaled<X>* dx = nullptr;  // [B, I]
+  cpu::Unscaled<P>* dy = nullptr;  // [B, O], for the gemm plan
 };
 
 // Several arrays in one workspace, each aligned to 64 bytes: all of them are added before the first
@@ -199,7 +199,7 @@ void widened_gemm(const WidenedBatch<X, P>& b, const at::Tensor& dweight,  // [O
     widen_rows(b.x + row * b.x_stride, b.x_stride, n, I, x_data);
     at::mm_out(y, x, weight.t());
     add_panel_sums(b, row, n, y_data, bias, sums, dbias, loss);
-    if (b.residual != nullptr) store_rounded(y_data, b.residual + row * O, n * O);
+    if (b.dy != nullptr) store_rounded(y_data, b.dy + row * O, n * O);
     if (dweight.defined()) {
       at::Tensor all = dweight;
       row == 0 ? at::mm_out(all, y.t(), x) : at::addmm_out(all, all, y.t(), x);

@@ -26,7 +26,7 @@ at::Tensor linear_mse_sgd_meta(at::Tensor& weight, const std::optional<at::Tenso
 LinearMseResult linear_mse_meta(const at::Tensor& input, const at::Tensor& weight,
                                 const std::optional<at::Tensor>& bias, const at::Tensor& target,
                                 std::string_view reduction, bool need_dinput, bool need_dweight,
-                                bool need_dbias, bool need_residual) {
+                                bool need_dbias, bool need_dy) {
   check_reduction(reduction);
   check_linear_mse(input, weight, bias, target);
   const bool none = reduction == "none";
@@ -41,7 +41,7 @@ LinearMseResult linear_mse_meta(const at::Tensor& input, const at::Tensor& weigh
            options.dtype(unscaled_dtype(input.scalar_type()))),
       make(need_dweight && !none, weight.sym_sizes(), sums),
       make(need_dbias && !none, weight.sym_sizes().slice(0, 1), sums),
-      make(need_residual, target.sym_sizes(), options.dtype(unscaled_dtype(target.scalar_type())))};
+      make(need_dy, target.sym_sizes(), options.dtype(unscaled_dtype(target.scalar_type())))};
 }
 
 }  // namespace

@@ -24,7 +24,7 @@ constexpr const char* kLinearMseLossSchema =
 // The same as a pure function that gives the gradients along: see linear_mse.h.
 constexpr const char* kLinearMseSchema =
     "linear_mse(Tensor input, Tensor linear_weight, Tensor? linear_bias, Tensor target, "
-    "str reduction, bool need_dinput, bool need_dweight, bool need_dbias, bool need_residual) -> "
-    "(Tensor loss, Tensor dinput, Tensor dweight, Tensor dbias, Tensor residual)";
+    "str reduction, bool need_dinput, bool need_dweight, bool need_dbias, bool need_dy) -> "
+    "(Tensor loss, Tensor dinput, Tensor dweight, Tensor dbias, Tensor dy)";
 
 }  // namespace fused_step

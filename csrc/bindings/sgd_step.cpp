@@ -158,14 +158,18 @@ Extent extent_of_left(const at::Tensor& t) {
   return is_told ? extent_of(t) : Extent{0, 0};
 }
 
-// Whether `extent` touches none of `sorted`, which are disjoint and sorted. `place` is where the
-// search begins: gradients lie where they lay at the last step, and then it is two comparisons.
-bool is_clear_of(const std::vector<Extent>& sorted, const Extent& extent, size_t& place) {
+// Whether `extent` touches none of `sorted`, which are disjoint and sorted. The search begins at
+// `place`, which it sets, then at `near`: gradients lie where they lay at the last step, or beside
+// each other, and then it is two comparisons.
+bool is_clear_of(const std::vector<Extent>& sorted, const Extent& extent, size_t& place,
+                 size_t near = 0) {
   if (extent.begin == extent.end) return true;
   const auto fits = [&](size_t at) {
     return at <= sorted.size() && (at == 0 || sorted[at - 1].end <= extent.begin) &&
            (at == sorted.size() || extent.end <= sorted[at].begin);
   };
+  if (fits(place)) return true;
+  place = near;
   if (fits(place)) return true;
   const auto after =
       std::upper_bound(sorted.begin(), sorted.end(), extent,
@@ -557,10 +561,13 @@ bool SgdStep::is_disjoint(bool writes_grads, const Scaling& scaling) {
     checked_ = written_;
   }
   std::vector<Extent> grads;
+  size_t near = 0;
   for (size_t k = 0; k < items_.size(); ++k) {
     const SgdItem& item = items_[k];
     const Extent grad = range_of(item.slice.grad, item.slice.n * param_bytes(item.storage));
-    if (!is_clear_of(sorted_, grad, work_[k].slot->place)) return false;
+    size_t& place = work_[k].slot->place;
+    if (!is_clear_of(sorted_, grad, place, near)) return false;
+    near = place;
     if (writes_grads) grads.push_back(grad);
   }
   if (writes_grads && !sort_disjoint(grads)) return false;
