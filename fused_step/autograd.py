@@ -4,8 +4,8 @@
 Outside of ``torch.func`` the operator ``fused_step::linear_mse_loss`` has the same derivative in
 C++, since a Function in Python takes longer than a small layer does.
 
-The gradients are made in the forward pass, as they are for dL/dloss = 1; the backward pass multiplies
-them by dL/dloss.
+The gradients are made in the forward pass, as they are for dL/dloss = 1; the backward pass
+multiplies them by dL/dloss.
 """
 
 from __future__ import annotations

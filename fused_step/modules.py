@@ -13,6 +13,10 @@ from torch.nn.modules.module import _has_any_global_hook
 from fused_step._extension import _C
 from fused_step.functional import linear_mse_loss
 
+# What runs when a linear layer is called and its output is compared with the target.
+_FORWARD, _CALL, _CALL_IMPL = nn.Linear.forward, nn.Module.__call__, nn.Module._call_impl
+_LINEAR, _MSE_LOSS = F.linear, F.mse_loss
+
 
 class LinearMSELoss(nn.Module):
     """A linear layer and the mean squared error of its output: the head of a model.
@@ -105,10 +109,13 @@ class LinearMSELoss(nn.Module):
 
 
 def _is_called_as_it_is(linear: nn.Module) -> bool:
-    """Whether calling `linear` is F.linear with its weight and bias, and nothing more."""
+    """Whether calling `linear` is F.linear with its weight and bias, and nothing more, and that and
+    F.mse_loss are PyTorch's."""
     return (
         type(linear) is nn.Linear
         and "forward" not in linear.__dict__
+        and "_call_impl" not in linear.__dict__
+        and (torch.compiler.is_compiling() or _functions_are_torchs())
         and not (
             linear._forward_hooks
             or linear._forward_pre_hooks
@@ -116,6 +123,16 @@ def _is_called_as_it_is(linear: nn.Module) -> bool:
             or linear._backward_pre_hooks
             or _has_any_global_hook()  # type: ignore[no-untyped-call]  # without annotations
         )
+    )
+
+
+def _functions_are_torchs() -> bool:
+    return (
+        nn.Linear.forward is _FORWARD
+        and nn.Module.__call__ is _CALL
+        and nn.Module._call_impl is _CALL_IMPL
+        and F.linear is _LINEAR
+        and F.mse_loss is _MSE_LOSS
     )
 
 

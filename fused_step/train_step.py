@@ -16,6 +16,7 @@ from fused_step._stock import has_stock_zero_grad, is_stock_sgd, is_stock_sgd_st
 from fused_step.optim import GRAD_TO_NONE, SGD
 
 _IS_COMPILED = _C.serves(torch.device("cpu"))
+_OF_ENGINES = ("_fused", "_fused_step", "_head", "_update", "_loop_plan")
 
 LossFunction = Callable[[Tensor, Tensor], Tensor]
 
@@ -82,14 +83,14 @@ class TrainStep:
         self._update = _C.SgdStep().step
         self._loop_plan: str | None = None  # of the last call that was no one fused step
 
-    # For copies and pickles: the engines are made anew, and no step has been made by them.
-    def __getstate__(self) -> tuple[nn.Module, LossFunction | None, torch.optim.Optimizer]:
-        return self._model, self._loss_function, self._optimizer
+    # For copies and pickles: the engines are made anew, and no step has been made by them. All else
+    # belongs to a subclass or the user.
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: v for name, v in self.__dict__.items() if name not in _OF_ENGINES}
 
-    def __setstate__(
-        self, state: tuple[nn.Module, LossFunction | None, torch.optim.Optimizer]
-    ) -> None:
-        self._make_engines(*state)
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._make_engines(self._model, self._loss_function, self._optimizer)
 
     def __repr__(self) -> str:
         loss = self._loss_function
@@ -135,13 +136,16 @@ class TrainStep:
         if plan == "plain":
             has_head, reasons_of_head = self._head.explain(input, target)
             has_update = self._has_fused_update()
-            plan = "head" if has_head else "optimizer" if has_update else "plain"
-            reasons += reasons_of_head
-            if not has_update:
-                reasons.append(
+            if has_update and not _C.sgd_options_are_fused(self._optimizer):
+                has_update = self._is_ours()  # which leaves some parameters to torch
+                reasons.append("an option is not fused: torch updates the parameters of its group")
+            elif not has_update:
+                reasons_of_head.append(
                     "optimizer.step() and zero_grad() are called as they are: the optimizer is not "
                     "fused_step.SGD or torch.optim.SGD itself, or has been changed, or has hooks"
                 )
+            plan = "head" if has_head else "optimizer" if has_update else "plain"
+            reasons += reasons_of_head
         reasons = list(dict.fromkeys(reasons))  # some hold for more than one plan
         return "\n".join([f"plan: {plan}", *(f"not deeper: {reason}" for reason in reasons)])
 
@@ -209,6 +213,8 @@ class TrainStep:
             if "step" in optimizer.__dict__:  # a scheduler's: it wants to know of the call
                 optimizer._opt_called = True  # type: ignore[attr-defined]
         else:
+            if self._loop_plan == "optimizer":  # as it had looked
+                self._loop_plan = "plain"
             optimizer.step()
             optimizer.zero_grad()
 
@@ -292,17 +298,18 @@ class TrainStep:
 
         bar = _progress_bar(epochs * math.ceil(n / batch_size)) if progress else None
         try:
-            fused = self._fused.run(
-                inputs,
-                targets,
-                epochs,
-                batch_size,
-                shuffle,
-                generator,
-                None if bar is None else lambda done: bar.update(done - bar.n),
-            )
-            if fused is not None:
-                return fused
+            if type(self).__call__ is TrainStep.__call__:
+                fused = self._fused.run(
+                    inputs,
+                    targets,
+                    epochs,
+                    batch_size,
+                    shuffle,
+                    generator,
+                    None if bar is None else lambda done: bar.update(done - bar.n),
+                )
+                if fused is not None:
+                    return fused
             losses = []
             for input, target in _batches(inputs, targets, epochs, batch_size, shuffle, generator):
                 losses.append(self(input, target))

@@ -339,3 +339,25 @@ def test_nan_and_infinity_reach_the_results_that_torch_puts_them_in():
             theirs = problem.with_layout(input=x).evaluate(torch_loss)
             for name in ours:
                 assert torch.equal(ours[name].isfinite(), theirs[name].isfinite()), name
+
+
+def test_gradients_have_their_tensors_dtype_also_where_grad_dtype_is_none():
+    weight = torch.randn(2, 3, dtype=torch.bfloat16, requires_grad=True)
+    weight.grad_dtype = None
+    x, t = torch.randn(5, 3).bfloat16(), torch.randn(5, 2).bfloat16()
+    fused_loss(x, weight, None, t, "mean").backward()
+    assert weight.grad.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_gradients_near_the_end_of_the_range_are_finite_where_torchs_are(reduction):
+    """The sum over all rows without the mean's factor would be beyond it."""
+    rows, large = 4096, 1.7e18 if reduction == "mean" else 1e16
+    x = torch.full((rows, 1), large)
+    found = []
+    for function in (fused_loss, torch_loss):
+        weight = torch.full((1, 1), 0.5, requires_grad=True)
+        function(x, weight, None, torch.zeros(rows, 1), reduction).backward()
+        found.append(weight.grad)
+    assert torch.isfinite(found[1]).all()
+    torch.testing.assert_close(*found)

@@ -349,3 +349,31 @@ def test_head_with_a_loss_function_is_called_as_the_five_lines_call_it():
         step(x, t)
     with pytest.raises(TypeError, match="target"):
         plain_step(head, F.mse_loss, optimizer, x, t)
+
+
+def doubled(self, *arguments, **keywords):
+    return 2 * PLAIN_CALL(self, *arguments, **keywords)
+
+
+PLAIN_CALL = nn.Module.__call__
+REPLACED = {
+    "nn.Linear.forward": (nn.Linear, "forward", lambda self, x: 2 * (x @ self.weight.T)),
+    "F.linear": (F, "linear", lambda x, weight, bias=None: 2 * (x @ weight.T)),
+    "F.mse_loss": (F, "mse_loss", lambda output, target, reduction="mean": output.sum()),
+    "nn.Module.__call__": (nn.Module, "__call__", doubled),
+}
+
+
+@pytest.mark.parametrize("what", REPLACED)
+def test_what_somebody_put_in_the_place_of_torchs_functions_is_called(what, monkeypatch):
+    head = fused_step.LinearMSELoss(3, 2)
+    x, t = torch.randn(5, 3), torch.randn(5, 2)
+    monkeypatch.setattr(*REPLACED[what])
+    assert torch.equal(head.forward(x, t), F.mse_loss(head.linear(x), t))
+
+
+def test_a_call_that_was_replaced_on_the_layer_is_called():
+    head = fused_step.LinearMSELoss(3, 2)
+    head.linear._call_impl = lambda x: 2 * (x @ head.linear.weight.T)
+    x, t = torch.randn(5, 3), torch.randn(5, 2)
+    assert torch.equal(head(x, t), F.mse_loss(head.linear(x), t))

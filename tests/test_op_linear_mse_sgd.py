@@ -380,3 +380,19 @@ def test_all_errors_of_shape_are_also_raised_under_empty_batches():
     tensors, keywords = valid()
     tensors["input"], tensors["target"] = torch.zeros(0, 5), torch.zeros(0, 4)
     raises_and_leaves_all_alone(tensors, keywords, ValueError, r"target must have the shape")
+
+
+@pytest.mark.parametrize("which", ["weight", "bias", "weight_momentum_buffer"])
+def test_inference_tensor_is_refused_outside_of_inference_mode_and_left_alone(which):
+    tensors = {
+        "weight": torch.ones(2, 3),
+        "bias": torch.ones(2),
+        "weight_momentum_buffer": torch.ones(2, 3),
+        "bias_momentum_buffer": torch.ones(2),
+    }
+    with torch.inference_mode():
+        tensors[which] = tensors[which].clone()
+    x, t = torch.randn(5, 3), torch.randn(5, 2)
+    with pytest.raises(RuntimeError, match=f"{which} must not be an inference tensor"):
+        OP(**tensors, input=x, target=t, lr=0.1, momentum=0.9)
+    assert all(torch.equal(tensor, torch.ones_like(tensor)) for tensor in tensors.values())

@@ -15,6 +15,8 @@ import contextlib
 import copy
 import functools
 import re
+import subprocess
+import sys
 import types
 import warnings
 from collections.abc import Callable, Iterator
@@ -1828,3 +1830,37 @@ def test_explain_gives_every_reason_at_once():
         "autocast",
     ):
         assert_says(reason, said)
+
+
+FIRST_IN_INFERENCE_MODE = """
+import torch, fused_step
+from torch import nn
+
+model = nn.Linear(3, 1)
+step = fused_step.TrainStep(model, nn.MSELoss(), torch.optim.SGD(model.parameters(), lr=0.1))
+x, t = torch.randn(5, 3), torch.randn(5, 1)
+with torch.inference_mode():
+    step.explain(x, t)
+step(x, t)
+print(step.plan)
+"""
+
+
+def test_what_an_ordinary_tensor_is_does_not_depend_on_the_first_call():
+    done = subprocess.run(
+        [sys.executable, "-c", FIRST_IN_INFERENCE_MODE], capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "one-pass\n"
+
+
+@pytest.mark.parametrize(
+    "options", [{"weight_decay": True}, {"nesterov": True, "momentum": True}], ids=str
+)
+def test_a_bool_for_a_number_has_the_plain_loops_error(options):
+    model = nn.Linear(I, O)
+    before = model.weight.detach().clone()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, foreach=False, **options)
+    step = fused_step.TrainStep(model, nn.MSELoss(), optimizer)
+    with pytest.raises(RuntimeError, match="Boolean alpha"):
+        step(torch.randn(B, I), torch.randn(B, O))
+    assert torch.equal(model.weight, before)

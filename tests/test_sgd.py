@@ -418,3 +418,33 @@ def test_an_lr_without_end_is_as_torch_has_it():
             optimizer.param_groups[0]["lr"] = lr
         twins.step()
         assert same_bits(twins.ours[0].detach(), twins.same_dtype[0].detach())
+
+
+def test_norm_beyond_the_range_of_a_float_raises_and_changes_nothing():
+    weight = Parameter(torch.ones(3))
+    optimizer = fused_step.SGD([weight], lr=0.1, max_grad_norm=1.0)
+    optimizer.max_grad_norm = 10**400
+    weight.grad = torch.ones(3)
+    with pytest.raises(OverflowError):
+        optimizer.step()
+    assert torch.equal(weight, torch.ones(3))
+
+
+@pytest.mark.parametrize("isa", _C.isa_levels(supported_only=True))
+@pytest.mark.cpu_only("the processor's switch")
+def test_small_float16_numbers_count_where_denormals_are_flushed(isa):
+    """They are denormal in float16 alone. Sizes leave a vector's tail of each kind."""
+    before = _C.isa_used()
+    torch.set_num_threads(1)
+    _C.use_isa(isa)
+    torch.set_flush_denormal(True)
+    try:
+        for size in (1, 7, 16, 123):
+            weight = Parameter(torch.full((size,), 3e-5, dtype=torch.float16))
+            expected = weight.detach().clone()
+            weight.grad = torch.zeros(size, dtype=torch.float16)
+            fused_step.SGD([weight], lr=0.1).step()
+            assert torch.equal(weight.view(torch.int16), expected.view(torch.int16)), size
+    finally:
+        torch.set_flush_denormal(False)
+        _C.use_isa(before)

@@ -152,3 +152,91 @@ def test_sigterm_ends_the_process_at_once():
         for process in processes.values():
             process.kill()
             process.communicate()
+
+
+def test_handler_runs_in_the_world_of_the_caller(on_signal):
+    """Autograd records, updates in place are counted, and views are known as views."""
+    step, inputs, targets = build("gemm")
+    found = []
+
+    def handler() -> None:
+        weight, z = torch.ones(3, requires_grad=True), torch.zeros(3)
+        z.add_(1)
+        (2 * weight).sum().backward()
+        found.append((weight.grad.tolist(), z._version, z[:2]._is_view()))
+        raise Stop
+
+    on_signal(handler)
+    with pytest.raises(Stop):
+        step.run(inputs, targets, epochs=FOREVER)
+    assert found == [([2.0] * 3, 1, True)]
+
+
+def test_handler_may_step_meanwhile(on_signal):
+    """A call within a call is no fused one, and disturbs none."""
+    step, inputs, targets = build("gemm")
+    plans = []
+
+    def handler() -> None:
+        step(inputs[:7], targets[:7])
+        plans.append(step.plan)
+        raise Stop
+
+    on_signal(handler)
+    with pytest.raises(Stop):
+        step.run(inputs, targets, epochs=FOREVER)
+    assert len(plans) == 1
+    assert all(p.grad is None for p in step.model.parameters())
+    assert torch.isfinite(step(inputs, targets))
+    assert step.plan in GEMM
+
+
+def test_handler_in_a_first_run_finds_the_momentum_buffers(on_signal):
+    step, inputs, targets = build("one-pass")
+    step.optimizer.param_groups[0]["momentum"] = 0.9
+    found = []
+
+    def handler() -> None:
+        found.append(step.optimizer.state[step.model.weight]["momentum_buffer"].clone())
+        raise Stop
+
+    on_signal(handler)
+    with pytest.raises(Stop):
+        step.run(inputs, targets, epochs=FOREVER)
+    assert found[0].abs().max() > 0
+
+
+# Handlers run at the first line of Python after the kernels, wherever that is.
+@pytest.mark.parametrize("delay", [0.001, 0.003, 0.006, 0.012, 0.025])
+@pytest.mark.parametrize("door", ["run", "step", "SGD"])
+def test_signal_in_a_first_step_leaves_no_update_without_its_momentum(door, delay):
+    sizes = {"run": (4096, 8, 1), "step": (4096, 512, 512), "SGD": (1, 2048, 2048)}
+    B, I, O = sizes[door]
+    model = nn.Linear(I, O)
+    before = model.weight.detach().clone()
+    x, t = torch.randn(B, I), torch.randn(B, O)
+    make = fused_step.SGD if door == "SGD" else torch.optim.SGD
+    optimizer = make(model.parameters(), lr=1e-3, momentum=0.9)
+    step = fused_step.TrainStep(model, nn.MSELoss(), optimizer)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p) if door == "SGD" else None
+
+    def handler(number, frame) -> None:
+        raise Stop
+
+    before_it = signal.signal(signal.SIGALRM, handler)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, delay)
+        if door == "run":
+            step.run(x, t, epochs=2500, batch_size=64)
+        elif door == "step":
+            step(x, t)
+        else:
+            optimizer.step()
+    except Stop:
+        pass
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0.0)
+        signal.signal(signal.SIGALRM, before_it)
+    moved = not torch.equal(model.weight, before)
+    assert ("momentum_buffer" in optimizer.state.get(model.weight, {})) == moved

@@ -113,3 +113,29 @@ def test_two_models_in_two_threads_have_the_bits_of_one_after_the_other(first, s
     for a, b in zip(alone, together, strict=True):
         for x, y in zip(a, b, strict=True):
             assert torch.equal(x, y)
+
+
+def test_two_threads_may_share_a_step():
+    """What they compute is a race as it is in the plain loop; the process goes on."""
+    model = nn.Linear(512, 64)
+    step = fused_step.TrainStep(
+        model, nn.MSELoss(), torch.optim.SGD(model.parameters(), lr=1e-4)
+    )
+    torch.set_num_threads(1)
+    failures = []
+
+    def go(rows: int) -> None:
+        try:
+            for k in range(200):
+                B = rows * (1 + k % 7)
+                step(torch.randn(B, 512), torch.randn(B, 64))
+        except Exception as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=go, args=(rows,)) for rows in (64, 200)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert torch.isfinite(model.weight).all()
+    assert not failures

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import itertools
 
@@ -196,3 +197,71 @@ def test_state_that_refuses_an_entry_leaves_the_parameters_as_they_were(model, m
         step(torch.randn(16, 4), torch.randn(16, 3))
     for p, old in zip(model.parameters(), before, strict=True):
         assert torch.equal(p, old)
+
+
+@pytest.mark.parametrize("model_of", [lambda: nn.Linear(5, 1), make_net], ids=["linear", "net"])
+def test_options_of_our_own_on_torchs_optimizer_mean_nothing(model_of):
+    x, t = torch.randn(16, 5), torch.randn(16, 1)
+    if model_of is make_net:
+        x, t = torch.randn(16, 4), torch.randn(16, 3)
+    model = model_of()
+    other = copy.deepcopy(model)
+    optimizers = []
+    for m in (model, other):
+        optimizer = torch.optim.SGD(m.parameters(), lr=0.1, momentum=0.9)
+        optimizer.max_grad_norm = 1e-3
+        optimizer.param_groups[0]["momentum_dtype"] = torch.float64
+        optimizers.append(optimizer)
+    step = fused_step.TrainStep(model, nn.MSELoss(), optimizers[0])
+    for _ in range(2):
+        step(x, t)
+        plain_step(other, nn.MSELoss(), optimizers[1], x, t)
+    assert step.plan != "plain"
+    assert not hasattr(optimizers[0], "grad_norm")
+    assert_same(model, optimizers[0], other, optimizers[1], rtol=1e-5, atol=1e-6)
+
+
+def test_momentum_dtype_loaded_into_torchs_optimizer_means_nothing():
+    layer = nn.Linear(5, 3).bfloat16()
+    ours = fused_step.SGD(
+        layer.parameters(), lr=0.1, momentum=0.9, momentum_dtype=torch.float32
+    )
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1, momentum=0.9)
+    optimizer.load_state_dict(ours.state_dict())
+    loss = functools.partial(nn.functional.l1_loss)
+    step = fused_step.TrainStep(layer, loss, optimizer)
+    step(torch.randn(16, 5).bfloat16(), torch.randn(16, 3).bfloat16())
+    assert step.plan == "optimizer"
+    assert momentum_of(optimizer, layer.weight).dtype == torch.bfloat16
+
+
+def sparse_gradients():
+    return nn.Sequential(nn.Embedding(7, 4, sparse=True), nn.Linear(4, 3)), nn.L1Loss()
+
+
+def complex_parameters():
+    model = nn.Linear(4, 3, dtype=torch.complex64)
+    return model, lambda output, target: output.abs().sum() + target.sum()
+
+
+@pytest.mark.parametrize("make", [sparse_gradients, complex_parameters])
+def test_plan_is_plain_where_torchs_own_step_has_run(make):
+    model, loss_function = make()
+    step = fused_step.TrainStep(
+        model, loss_function, torch.optim.SGD(model.parameters(), lr=0.1)
+    )
+    x = torch.arange(5) if make is sparse_gradients else torch.randn(5, 4, dtype=torch.complex64)
+    step(x, torch.randn(5, 3))
+    assert step.plan == "plain"
+
+
+def test_options_that_are_not_fused_are_told():
+    net = make_net()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    optimizer.param_groups[0]["weight_decay"] = torch.tensor(0.1)
+    step = fused_step.TrainStep(net, nn.L1Loss(), optimizer)
+    x, t = torch.randn(16, 4), torch.randn(16, 3)
+    assert step.explain(x, t).startswith("plan: plain\n")
+    assert "an option is not fused" in step.explain(x, t)
+    step(x, t)
+    assert step.plan == "plain"

@@ -564,3 +564,71 @@ def test_explain_gives_the_reasons_of_each_plan():
     assert with_l1.startswith("plan: plain\n")
     assert with_l1.count("the loss is L1Loss") == 1
     assert "target is not of the weight's dtype" in said(layers, target=t.double())
+
+
+class ViewsOfAChangedBase(nn.Module):
+    """Its output is a view of another dtype's view, whose base was changed in place after it."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        base = self.linear(x) * 1.0
+        as_complex = torch.view_as_complex(base.view(-1, 4, 2))
+        output = torch.view_as_real(as_complex).view(-1, 8)
+        as_complex.mul_(2)
+        return output
+
+
+def test_input_may_be_a_view_that_autograd_replays():
+    found = []
+    for fused in (True, False):
+        torch.manual_seed(0)
+        model = nn.Sequential(ViewsOfAChangedBase(), nn.Linear(8, 1))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        x, t = torch.randn(16, 4), torch.randn(16, 1)
+        if fused:
+            step = fused_step.TrainStep(model, nn.MSELoss(), optimizer)
+            step(x, t)
+            assert step.plan == "head"
+        else:
+            plain_step(model, nn.MSELoss(), optimizer, x, t)
+        found.append([p.detach() for p in model.parameters()])
+    for ours, plain in zip(*found, strict=True):
+        torch.testing.assert_close(ours, plain)
+
+
+def test_sequential_that_ends_in_itself_fails_as_when_it_is_called():
+    model = nn.Sequential(nn.Linear(2, 2))
+    model.append(model)
+    optimizer = torch.optim.SGD(model[0].parameters(), lr=0.1)
+    step = fused_step.TrainStep(model, nn.MSELoss(), optimizer)
+    assert "too many Sequentials" in step.explain(torch.randn(3, 2), torch.randn(3, 2))
+    with pytest.raises(RecursionError):
+        step(torch.randn(3, 2), torch.randn(3, 2))
+
+
+def test_gradient_has_the_parameters_dtype_also_where_grad_dtype_is_none():
+    found = []
+    for fused in (True, False):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1)).bfloat16()
+        model[2].weight.grad_dtype = None
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        x, t = torch.randn(16, 4).bfloat16(), torch.randn(16, 1).bfloat16()
+        if fused:
+            fused_step.TrainStep(model, nn.MSELoss(), optimizer)(x, t)
+        else:
+            plain_step(model, nn.MSELoss(), optimizer, x, t)
+        found.append(optimizer.state[model[2].weight]["momentum_buffer"].dtype)
+    assert found == [torch.bfloat16] * 2
+
+
+def test_a_frozen_layer_alone_is_not_fused_and_explain_says_so():
+    model = nn.Linear(3, 2).requires_grad_(False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    step = fused_step.TrainStep(model, nn.MSELoss(), optimizer)
+    explained = step.explain(torch.randn(5, 3), torch.randn(5, 2))
+    assert not explained.startswith("plan: head")
+    assert "nothing needs a gradient" in explained

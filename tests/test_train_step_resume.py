@@ -5,9 +5,11 @@ from __future__ import annotations
 
 import copy
 import functools
+import gc
 import io
 import itertools
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -182,3 +184,45 @@ def test_repr_names_model_loss_and_optimizer():
     assert repr(module.step) == ("TrainStep(model=Linear, loss_function=MSELoss(), optimizer=SGD)")
     step = fused_step.TrainStep(module.layer, nn.functional.mse_loss, module.optimizer)
     assert "loss_function=mse_loss," in repr(step)
+
+
+class Counting(fused_step.TrainStep):
+    calls = 0
+
+    def __call__(self, input, target):
+        self.calls += 1
+        return super().__call__(input, target)
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, by_pickle])
+def test_copy_keeps_what_a_subclass_or_the_user_has_put_on_it(copied):
+    layer = nn.Linear(4, 3)
+    step = Counting(layer, nn.MSELoss(), torch.optim.SGD(layer.parameters(), lr=0.1))
+    step.note = "mine"
+    step(torch.randn(16, 4), torch.randn(16, 3))
+    other = copied(step)
+    assert (other.calls, other.note, other.plan) == (1, "mine", None)
+    other(torch.randn(16, 4), torch.randn(16, 3))
+    assert (other.calls, step.calls) == (2, 1)
+
+
+def test_run_makes_the_steps_of_a_subclass():
+    layer = nn.Linear(4, 3)
+    step = Counting(layer, nn.MSELoss(), torch.optim.SGD(layer.parameters(), lr=0.1))
+    step.run(torch.randn(16, 4), torch.randn(16, 3), epochs=3, batch_size=4)
+    assert step.calls == 12
+
+
+def test_steps_hold_no_more_of_an_optimizer_than_its_own():
+    """A scheduler puts a function in the place of optimizer.step, which the reader remembers."""
+    layer = nn.Linear(4, 3)
+    references = []
+    for _ in range(2):
+        optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+        torch.optim.lr_scheduler.ConstantLR(optimizer)
+        references.append(weakref.ref(optimizer.step))
+        step = fused_step.TrainStep(layer, nn.MSELoss(), optimizer)
+        step(torch.randn(16, 4), torch.randn(16, 3))
+        del step, optimizer
+    gc.collect()
+    assert [reference() for reference in references] == [None, None]

@@ -56,7 +56,7 @@ def build() -> str:
 
 
 class Floor(PerCall):
-    """What a part of a step costs, done in a straightforward way; it computes no loss, so it has no trajectory."""
+    """What a part of a step costs in a straightforward way; no loss, and so no trajectory."""
 
     role = "floor"
 

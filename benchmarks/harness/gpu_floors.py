@@ -12,7 +12,7 @@ from harness.gpu_steps import GpuContestant, StepOf, captured
 
 
 class GpuFloor(GpuContestant):
-    """What a part of a step costs, done in a straightforward way; it computes no loss, so it has no trajectory."""
+    """What a part of a step costs in a straightforward way; no loss, and so no trajectory."""
 
     role = "floor"
 

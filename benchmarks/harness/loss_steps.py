@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Loss and gradients of a linear layer as contestants: forward and backward, no optimizer.
 
-The input needs no gradient, as that of a first layer, unless the case says that it does, as behind a
-body that is trained; `.grad` is None at every start, as after zero_grad().
+The input needs no gradient, as that of a first layer, unless the case says that it does, as behind
+a body that is trained; `.grad` is None at every start, as after zero_grad().
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ def _cpu_facts() -> dict[str, str]:
 
 
 def _cpu_model(facts: dict[str, str]) -> str:
-    """Its name; on a virtual machine that may be the brand alone, and family and model say which."""
+    """Its name, which on a virtual machine may be the brand alone, with family and model."""
     name = facts.get("model name") or platform.processor() or platform.machine()
     if "cpu family" not in facts:
         return name

@@ -47,7 +47,7 @@ def section(by_kind: Mapping[str, dict]) -> str:
     if "cpu-cold" in by_kind:
         cases = by_kind["cpu-cold"]["cases"]
         words = [f"{_ratio(case, 'eager')} at {case['title']}" for case in cases]
-        how = "These are steps in a tight loop. With the caches emptied before each step eager takes"
+        how = "That is in a tight loop. With the caches emptied before each step eager takes"
         lines += ["", *_paragraph(f"{how} {', '.join(words)}.")]
     if "loss" in by_kind:
         cases = by_kind["loss"]["cases"]

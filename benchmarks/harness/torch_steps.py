@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from harness.case import Case, Data
+from harness.case import Data
 from harness.contestant import PerCall
 
 

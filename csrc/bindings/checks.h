@@ -4,6 +4,7 @@
 
 #include <ATen/core/Tensor.h>
 #include <c10/core/Device.h>
+#include <c10/core/InferenceMode.h>
 #include <c10/util/Exception.h>
 
 #include <cstdint>
@@ -42,8 +43,11 @@ inline void check_memory(const char* op, const char* name, const at::Tensor& ten
                     tensor.sizes(), ", got a storage of ", tensor.storage().nbytes(), " bytes");
 }
 
-// Memory that is written: [data, data + nbytes) without gaps.
+// Memory that is written: [data, data + nbytes) without gaps. An inference tensor has no version to
+// count the update by, and torch's own updates reject it as well.
 inline void check_written(const char* op, const char* name, const at::Tensor& tensor) {
+  TORCH_CHECK(!tensor.is_inference() || c10::InferenceMode::is_enabled(), op, ": ", name,
+              " must not be an inference tensor outside of inference mode: it is updated in place");
   TORCH_CHECK_VALUE(tensor.is_contiguous(), op, ": ", name, " must be contiguous, got strides ",
                     tensor.strides(), " for shape ", tensor.sizes());
 }

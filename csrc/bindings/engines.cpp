@@ -1,9 +1,6 @@
 // SPDX-License-Identifier: MIT
 #include "bindings/engines.h"
 
-#include <c10/core/TensorImpl.h>
-
-#include "bindings/memory.h"
 #include "cpu/policy.h"
 
 #ifdef FUSED_STEP_WITH_CUDA
@@ -17,13 +14,6 @@
 namespace fused_step {
 
 namespace {
-
-c10::DispatchKeySet plain_cuda_keys() {
-  return c10::make_intrusive<c10::TensorImpl>(c10::DispatchKeySet(c10::DispatchKey::CUDA),
-                                              c10::scalarTypeToTypeMeta(at::kFloat),
-                                              c10::Device(c10::kCUDA, 0))
-      ->key_set();
-}
 
 const char* cpu_plan_name(cpu::Plan plan) {
   return plan == cpu::Plan::kOnePass ? "one-pass" : "gemm";
@@ -40,12 +30,6 @@ std::string why_no_deeper_on_cpu(cpu::Plan plan, int64_t O) {
 }
 
 }  // namespace
-
-bool has_plain_keys(const at::Tensor& t) {
-  static const c10::DispatchKeySet cuda = plain_cuda_keys();
-  const c10::DispatchKeySet keys = t.key_set();
-  return keys == plain_cpu_keys() || keys == cuda;
-}
 
 #ifdef FUSED_STEP_WITH_CUDA
 
@@ -97,11 +81,11 @@ at::Tensor linear_mse_sgd(const LinearSgdState& state, const at::Tensor& input,
 
 at::Tensor run_linear_mse_sgd(const LinearSgdState& state, const at::Tensor& inputs,
                               const at::Tensor& targets, const RunOptions& options,
-                              EngineMemory& memory, const std::function<void(int64_t)>& poll) {
+                              EngineMemory& memory, RunWatch& watch) {
   if (state.weight.is_cuda()) {
-    return run_linear_mse_sgd_cuda(state, inputs, targets, options, memory.cuda, poll);
+    return run_linear_mse_sgd_cuda(state, inputs, targets, options, memory.cuda, watch);
   }
-  return run_linear_mse_sgd_cpu(state, inputs, targets, options, memory.cpu, poll);
+  return run_linear_mse_sgd_cpu(state, inputs, targets, options, memory.cpu, watch);
 }
 
 #else
@@ -140,8 +124,8 @@ at::Tensor linear_mse_sgd(const LinearSgdState& state, const at::Tensor& input,
 
 at::Tensor run_linear_mse_sgd(const LinearSgdState& state, const at::Tensor& inputs,
                               const at::Tensor& targets, const RunOptions& options,
-                              EngineMemory& memory, const std::function<void(int64_t)>& poll) {
-  return run_linear_mse_sgd_cpu(state, inputs, targets, options, memory.cpu, poll);
+                              EngineMemory& memory, RunWatch& watch) {
+  return run_linear_mse_sgd_cpu(state, inputs, targets, options, memory.cpu, watch);
 }
 
 #endif

@@ -6,7 +6,6 @@
 #include <c10/core/Device.h>
 
 #include <cstdint>
-#include <functional>
 #include <memory>
 #include <string>
 
@@ -26,10 +25,6 @@ struct EngineMemory {
 
 // Whether an engine of this build runs on `device`.
 bool is_served(c10::Device device);
-
-// Dispatch keys of an ordinary tensor on the CPU or on CUDA. Inference tensors, subclasses, views
-// with a negative or conjugate bit, sparse, meta, fake and functorch tensors all differ.
-bool has_plain_keys(const at::Tensor& t);
 
 // Before the first operator that a thread of autograd's runs: cuBLAS warns where it is the first on
 // its device.
@@ -58,6 +53,6 @@ at::Tensor linear_mse_sgd(const LinearSgdState& state, const at::Tensor& input,
                           const at::Tensor& target, EngineMemory& memory);
 at::Tensor run_linear_mse_sgd(const LinearSgdState& state, const at::Tensor& inputs,
                               const at::Tensor& targets, const RunOptions& options,
-                              EngineMemory& memory, const std::function<void(int64_t)>& poll);
+                              EngineMemory& memory, RunWatch& watch);
 
 }  // namespace fused_step

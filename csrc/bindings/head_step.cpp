@@ -26,7 +26,7 @@ bool check_operand(const char* name, PyObject* object, const at::Tensor& weight,
   const auto against = [&](bool holds, const char* what) {
     return holds && v.against(std::string(name) + what);
   };
-  if (!is_exact_tensor(object) && Py_TYPE(object) != python_objects().parameter) {
+  if (!is_exact_tensor(object)) {
     v.against(std::string(name) + " is not a torch.Tensor or nn.Parameter itself");
     return false;
   }
@@ -99,6 +99,12 @@ bool HeadStep::check(PyObject* hidden, PyObject* target, Verdict& v) const {
                 "bias is not [O]")) {
     return false;
   }
+  if (hidden != nullptr && is_tensor(hidden) &&
+      v.against(!tensor_of(hidden).requires_grad() && !weight.requires_grad() &&
+                    (!has_bias || !tensor_of(model.bias).requires_grad()),
+                "nothing needs a gradient")) {
+    return false;
+  }
   if (!v.applies()) return false;
   return !v.against(
       hidden != nullptr && !has_output_shape(tensor_of(hidden), tensor_of(target), weight),
@@ -142,16 +148,17 @@ py::object HeadStep::loss(py::handle hidden, py::handle target) {
   if (model.bias != nullptr) bias = tensor_of(model.bias);
   const bool of_input = input.requires_grad(), of_weight = weight.requires_grad(),
              of_bias = bias.has_value() && bias->requires_grad();
-  if (!of_input && !of_weight && !of_bias) return py::none();  // backward() has an error for that
   at::Tensor loss;
   {
     const py::gil_scoped_release_simple no_gil;
     RECORD_FUNCTION("TrainStep.loss", {});
-    const at::AutoDispatchBelowADInplaceOrView below;
-    LinearMseResult result = linear_mse(
-        input, weight, bias, tensor_of(target.ptr()),
-        model.reduction == Reduction::kMean ? "mean" : "sum", of_input, of_weight, of_bias,
-        /*need_dy=*/false);
+    LinearMseResult result;
+    {
+      const at::AutoDispatchBelowADInplaceOrView below;
+      result = linear_mse(input, weight, bias, tensor_of(target.ptr()),
+                          model.reduction == Reduction::kMean ? "mean" : "sum", of_input, of_weight,
+                          of_bias, /*need_dy=*/false);
+    }
     auto& [made_loss, dinput, dweight, dbias, dy] = result;
     loss = std::move(made_loss);
     // In the order in which the nodes of nn.Linear come to them.

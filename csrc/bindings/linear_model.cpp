@@ -121,12 +121,18 @@ bool read_only_layer(PyObject* model, PyObject* loss, Verdict& v, Watch& watch,
   return read_layer(linear, v, watch, reading);
 }
 
+constexpr int kMaxSequentials = 100;
+
 bool read_last_layer(PyObject* model, Verdict& v, Watch& watch, LinearModel& reading,
                      std::vector<PyObject*>& body) {
   const PythonObjects& o = python_objects();
   if (!check_functional(v, watch)) return false;
   PyObject* last = model;
-  while (Py_TYPE(last) == o.sequential.type) {
+  for (int depth = 0; Py_TYPE(last) == o.sequential.type; ++depth) {
+    if (depth == kMaxSequentials) {  // one may end in itself
+      v.against(true, "too many Sequentials are nested");
+      return false;
+    }
     const py::object dict = dict_of(last);
     if (!check_module(last, dict.ptr(), o.sequential, "a Sequential", v, watch)) return false;
     PyObject* const modules = modules_of(dict.ptr(), watch);

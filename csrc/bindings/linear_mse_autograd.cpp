@@ -33,6 +33,7 @@
 #include "bindings/dtypes.h"
 #include "bindings/engines.h"
 #include "bindings/linear_mse.h"
+#include "bindings/memory.h"
 
 namespace fused_step {
 namespace {
@@ -49,8 +50,8 @@ c10::SymInt rows_in(const at::Tensor& t) {
   return rows;
 }
 
-// Nothing is computed in 16 bit. A gradient that comes out in float the autograd engine rounds,
-// once, to the dtype of what it is the gradient of.
+// Nothing is computed in 16 bit. A gradient that comes out in float is rounded, once, to the dtype
+// of what it is the gradient of.
 at::Tensor widened(const at::Tensor& t) { return t.to(accum_dtype(t.scalar_type())); }
 
 at::Tensor as_matrix(const at::Tensor& t) { return t.reshape_symint({rows_in(t), t.sym_size(-1)}); }
@@ -84,6 +85,8 @@ class LinearMseBackward : public torch::autograd::Node {
     operands_[kInput] = saved(input, should_compute_output(kWeight));
     operands_[kWeight] = saved(weight, should_compute_output(kInput));
     operands_[kTarget] = saved(target, true);
+    dtypes_ = {input.scalar_type(), weight.scalar_type(), weight.scalar_type(),
+               target.scalar_type()};
     has_bias_ = bias.has_value();
     if (has_bias_) operands_[kBias] = saved(*bias, false);
     none_ = reduction == "none";
@@ -143,6 +146,10 @@ class LinearMseBackward : public torch::autograd::Node {
     } else {
       from_stash(grad, wanted);
     }
+    for (size_t k = 0; k < kOperands; ++k) {
+      // The engine does not where a parameter's grad_dtype is None.
+      if (wanted[k].defined()) wanted[k] = wanted[k].to(dtypes_[k]);
+    }
     return wanted;
   }
 
@@ -199,6 +206,7 @@ class LinearMseBackward : public torch::autograd::Node {
   }
 
   std::array<SavedVariable, kOperands> operands_;
+  std::array<at::ScalarType, kOperands> dtypes_{};
   std::array<SavedVariable, 3> stash_;  // gradients of input, weight and bias for dL/dloss = 1
   SavedVariable dy_;
   c10::SymInt numel_;

@@ -13,6 +13,7 @@
 #include "bindings/engines.h"
 #include "bindings/linear_mse.h"
 #include "bindings/linear_mse_eager.h"
+#include "bindings/memory.h"
 #include "bindings/python_bridge.h"
 #include "bindings/python_objects.h"
 
@@ -22,18 +23,11 @@ namespace py = pybind11;
 
 namespace {
 
-// Keys of a strided tensor on the CPU or a GPU that is served, whether or not it is a view of
-// another or requires grad.
+// On the CPU or a GPU that is served, whether or not it is a view of another or requires grad.
 bool is_ordinary(PyObject* object) {
-  if (!is_exact_tensor(object) && Py_TYPE(object) != python_objects().parameter) {
-    return false;
-  }
-  constexpr c10::DispatchKeySet ordinary{c10::DispatchKey::CPU, c10::DispatchKey::AutogradCPU,
-                                         c10::DispatchKey::AutocastCPU,
-                                         c10::DispatchKey::ADInplaceOrView};
+  if (!is_exact_tensor(object)) return false;
   const at::Tensor& t = tensor_of(object);
-  const bool is_plain =
-      t.key_set() == ordinary || (t.is_cuda() && has_plain_keys(t) && is_served(t.device()));
+  const bool is_plain = has_plain_cpu_keys(t) || (has_plain_keys(t) && is_served(t.device()));
   return is_plain && !t._fw_grad(0).defined();
 }
 

@@ -45,11 +45,16 @@ struct RunOptions {
   std::optional<at::Generator> generator;
 };
 
+// Who started a run, and what it is told.
+struct RunWatch {
+  std::function<void()> poll;  // called every few milliseconds; may throw to end the run there
+  int64_t steps = 0;           // done so far, whole ones
+};
+
 // epochs * ceil(n / batch_size) steps on inputs [n, ..., I] and targets [n, ..., O], in the order
-// of the rows or of torch.randperm; returns their losses, 1-dim. Every few milliseconds `poll` is
-// called with the number of whole steps done, and may throw to end the run there.
+// of the rows or of torch.randperm; returns their losses, 1-dim.
 at::Tensor run_linear_mse_sgd_cpu(LinearSgdState state, const at::Tensor& inputs,
                                   const at::Tensor& targets, const RunOptions& options,
-                                  Workspace& workspace, const std::function<void(int64_t)>& poll);
+                                  Workspace& workspace, RunWatch& watch);
 
 }  // namespace fused_step

@@ -109,9 +109,12 @@ void gemm_update(const at::Tensor& dy, const at::Tensor& x, const cpu::LinearPar
 }
 
 template <typename T>
-T gemm_step(const LinearSgdState& state, const at::Tensor& x, const cpu::Rows<T>& batch,
+T gemm_step(const LinearSgdState& state, const at::Tensor& rows, const cpu::Rows<T>& batch,
             const cpu::LinearParams<T>& params, Workspace& workspace) {
   const int64_t B = batch.rows, I = params.I, O = params.O;
+  // Rows that overlap no BLAS takes: they would be copied for each panel, and after the first one
+  // there must be no want of memory.
+  const at::Tensor x = B > 1 && rows.stride(0) < I ? rows.contiguous() : rows;
   const RowChunks cut = cut_rows(B, cpu::residual_chunks(B, O));
 
   const int64_t y_bytes = round_up(B * O * static_cast<int64_t>(sizeof(T)), 64);
@@ -202,7 +205,7 @@ template <typename X, typename P>
 class Runner {
  public:
   Runner(LinearSgdState& state, const at::Tensor& x, const at::Tensor& target, int64_t n,
-         const RunOptions& options, Workspace& workspace, const std::function<void(int64_t)>& poll)
+         const RunOptions& options, Workspace& workspace, RunWatch& watch)
       : state_(state),
         x_(x),
         target_(target),
@@ -210,7 +213,7 @@ class Runner {
         n_(n),
         options_(options),
         workspace_(workspace),
-        poll_(poll) {}
+        watch_(watch) {}
 
   at::Tensor run() {
     const int64_t per_epoch = cpu::ceil_div(n_, options_.batch_size);
@@ -245,7 +248,7 @@ class Runner {
                    loss_ + done);
       after(steps);
       done += steps;
-      poll_(done);
+      watch_.poll();
     }
   }
 
@@ -267,11 +270,11 @@ class Runner {
         ++done;
         if (++since_poll >= slice_) {
           since_poll = 0;
-          poll_(done);
+          watch_.poll();
         }
       }
     }
-    poll_(done);
+    watch_.poll();
   }
 
   Accum<P> shuffled_step(const at::Tensor& order, int64_t first, int64_t count) {
@@ -295,10 +298,9 @@ class Runner {
   }
 
   void after(int64_t steps) {
-    if (steps > 0) {
-      state_.weight_options.first_step = state_.bias_options.first_step = false;
-      bump_versions(state_);
-    }
+    watch_.steps += steps;
+    state_.weight_options.first_step = state_.bias_options.first_step = false;
+    bump_versions(state_);
   }
 
   LinearSgdState& state_;
@@ -308,7 +310,7 @@ class Runner {
   const int64_t n_;
   const RunOptions& options_;
   Workspace& workspace_;
-  const std::function<void(int64_t)>& poll_;
+  RunWatch& watch_;
   at::Tensor x_batch_, target_batch_;
   P* loss_ = nullptr;
   int64_t slice_ = 1;
@@ -338,7 +340,7 @@ at::Tensor linear_mse_sgd_cpu(const LinearSgdState& state, const at::Tensor& inp
 
 at::Tensor run_linear_mse_sgd_cpu(LinearSgdState state, const at::Tensor& inputs,
                                   const at::Tensor& targets, const RunOptions& options,
-                                  Workspace& workspace, const std::function<void(int64_t)>& poll) {
+                                  Workspace& workspace, RunWatch& watch) {
   const BelowDispatcher below;
   // Samples of several rows are gathered whole, so they must lie together.
   const bool plain_rows = inputs.dim() == 2;
@@ -346,7 +348,7 @@ at::Tensor run_linear_mse_sgd_cpu(LinearSgdState state, const at::Tensor& inputs
   const at::Tensor t = as_rows(plain_rows ? targets : targets.contiguous(), state.weight.size(0));
   const int64_t n = inputs.size(0);
   return with_pair(x.scalar_type(), state.weight.scalar_type(), [&](auto of_x, auto of_param) {
-    return Runner<decltype(of_x), decltype(of_param)>(state, x, t, n, options, workspace, poll)
+    return Runner<decltype(of_x), decltype(of_param)>(state, x, t, n, options, workspace, watch)
         .run();
   });
 }

@@ -254,14 +254,14 @@ constexpr int64_t kGatherBytes = 16 * 1024 * 1024;
 class Runner {
  public:
   Runner(LinearSgdState& state, const RowTensors& data, int64_t n, const RunOptions& options,
-         DeviceScratch& scratch, const std::function<void(int64_t)>& poll)
+         DeviceScratch& scratch, RunWatch& watch)
       : state_(state),
         data_(data),
         n_(n),
         per_sample_(n > 0 ? data.count() / n : 0),
         options_(options),
         scratch_(scratch),
-        poll_(poll),
+        watch_(watch),
         stream_(c10::cuda::getCurrentCUDAStream(state.weight.device().index())),
         throttle_(stream_) {}
 
@@ -287,7 +287,7 @@ class Runner {
         step_on(data_.narrow(first, std::min(rows, data_.count() - first)));
       }
     }
-    poll_(done_);
+    watch_.poll();
     return losses_;
   }
 
@@ -298,7 +298,7 @@ class Runner {
   void run_tiny(const RowTensors& data, int64_t steps) {
     for (int64_t k = 0; k < steps;) {
       const int64_t now = std::min(slice_, steps - k);
-      tiny_steps(state_, data, batch_rows(), k, now, losses_.select(0, done_).mutable_data_ptr(),
+      tiny_steps(state_, data, batch_rows(), k, now, losses_.select(0, watch_.steps).mutable_data_ptr(),
                  stream_);
       k += now;
       after(now);
@@ -306,7 +306,7 @@ class Runner {
   }
 
   void step_on(const RowTensors& batch) {
-    step(state_, batch, losses_.select(0, done_), scratch_, stream_);
+    step(state_, batch, losses_.select(0, watch_.steps), scratch_, stream_);
     after(1);
   }
 
@@ -340,14 +340,14 @@ class Runner {
   }
 
   void after(int64_t steps) {
-    done_ += steps;
+    watch_.steps += steps;
     since_poll_ += steps;
     state_.weight_options.first_step = state_.bias_options.first_step = false;
     bump_versions(state_);
     if (since_poll_ < slice_) return;
     since_poll_ = 0;
     throttle_.after_slice();
-    poll_(done_);
+    watch_.poll();
   }
 
   LinearSgdState& state_;
@@ -356,11 +356,11 @@ class Runner {
   const int64_t per_sample_;
   const RunOptions& options_;
   DeviceScratch& scratch_;
-  const std::function<void(int64_t)>& poll_;
+  RunWatch& watch_;
   const c10::cuda::CUDAStream stream_;
   Throttle throttle_;
   at::Tensor losses_;  // [total]
-  int64_t per_epoch_ = 0, total_ = 0, slice_ = 1, done_ = 0, since_poll_ = 0;
+  int64_t per_epoch_ = 0, total_ = 0, slice_ = 1, since_poll_ = 0;
 };
 
 }  // namespace
@@ -413,8 +413,7 @@ at::Tensor linear_mse_sgd_cuda(const LinearSgdState& state, const at::Tensor& in
 
 at::Tensor run_linear_mse_sgd_cuda(LinearSgdState state, const at::Tensor& inputs,
                                    const at::Tensor& targets, const RunOptions& options,
-                                   DeviceScratch& scratch,
-                                   const std::function<void(int64_t)>& poll) {
+                                   DeviceScratch& scratch, RunWatch& watch) {
   const c10::cuda::CUDAGuard guard(state.weight.device());
   const BelowDispatcher below;
   DeviceScratch fresh;
@@ -423,7 +422,7 @@ at::Tensor run_linear_mse_sgd_cuda(LinearSgdState state, const at::Tensor& input
   const RowTensors data{as_rows(plain_rows ? inputs : inputs.contiguous(), state.weight.size(1)),
                         as_rows(plain_rows ? targets : targets.contiguous(), state.weight.size(0))};
   const bool capturing = is_capturing(c10::cuda::getCurrentCUDAStream());
-  return Runner(state, data, inputs.size(0), options, capturing ? fresh : scratch, poll).run();
+  return Runner(state, data, inputs.size(0), options, capturing ? fresh : scratch, watch).run();
 }
 
 }  // namespace fused_step

@@ -7,7 +7,6 @@
 #include <ATen/core/Tensor.h>
 
 #include <cstdint>
-#include <functional>
 #include <string>
 
 #include "bindings/device_scratch.h"
@@ -27,11 +26,10 @@ std::string why_no_deeper_on_cuda(const LinearSgdState& state, at::ScalarType in
 at::Tensor linear_mse_sgd_cuda(const LinearSgdState& state, const at::Tensor& input,
                                const at::Tensor& target, DeviceScratch& scratch);
 
-// As run_linear_mse_sgd_cpu. `poll` hears of steps that are enqueued; it is called about every
+// As run_linear_mse_sgd_cpu. Steps that are enqueued count as done; `watch` is polled about every
 // 50 ms of the device's time, of which a few are in the queue at most.
 at::Tensor run_linear_mse_sgd_cuda(LinearSgdState state, const at::Tensor& inputs,
                                    const at::Tensor& targets, const RunOptions& options,
-                                   DeviceScratch& scratch,
-                                   const std::function<void(int64_t)>& poll);
+                                   DeviceScratch& scratch, RunWatch& watch);
 
 }  // namespace fused_step

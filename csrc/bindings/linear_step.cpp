@@ -3,12 +3,14 @@
 
 #include <ATen/core/grad_mode.h>
 #include <ATen/record_function.h>
+#include <c10/core/DeviceGuard.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
+#include <c10/core/impl/VirtualGuardImpl.h>
 #include <pybind11/cast.h>
 #include <pybind11/gil_simple.h>
 
 #include <array>
 #include <chrono>
-#include <functional>
 
 #include "bindings/dtypes.h"
 #include "bindings/engines.h"
@@ -38,6 +40,12 @@ bool is_plain(const at::Tensor& t, c10::Device device) {
   return has_plain_keys(t) && t.device() == device;
 }
 constexpr const char* kNotPlain = " is not an ordinary tensor on the weight's device";
+
+// The caller's, of the kind that the engine for `device` sets another of; none for the CPU.
+std::optional<c10::Device> current_device(c10::Device device) {
+  if (device.is_cpu()) return std::nullopt;
+  return c10::impl::VirtualGuardImpl(device.type()).getDevice();
+}
 
 // What is written: a leaf of the model.
 bool check_param(const char* name, PyObject* object, const at::Tensor& weight, Verdict& v) {
@@ -236,14 +244,14 @@ bool LinearStep::check_rows(const Call& call, int64_t rows, Verdict& v) {
                     "this processor");
 }
 
-// The buffers of a first step, which SGD would make from the gradient. Where they belong is made
-// now: if the state refuses, nothing has changed.
+// The buffers of a first step, which SGD would make from the gradient.
 void LinearStep::make_buffers(Call& call) {
   LinearSgdState& s = call.state;
   const SgdReading& sgd = call.reading.sgd;
   const auto make = [&](const at::Tensor& param, PyObject* object) {
-    momentum_entry(sgd.dict, object);
-    return param.new_empty(param.sizes());
+    const at::Tensor buf = param.new_empty(param.sizes());
+    call.new_buffers.emplace_back(sgd.dict, object, buf);
+    return buf;
   };
   if (s.weight_options.momentum != 0.0 && !s.weight_buf.defined()) {
     s.weight_buf = make(s.weight, sgd.weight.object);
@@ -254,15 +262,15 @@ void LinearStep::make_buffers(Call& call) {
 }
 
 // What SGD.step leaves behind beside the parameters.
-void LinearStep::leave_optimizer(const Call& call) {
-  const LinearSgdState& s = call.state;
-  const SgdReading& sgd = call.reading.sgd;
-  if (s.weight_options.first_step) store_momentum_buffer(sgd.dict, sgd.weight.object, s.weight_buf);
-  if (s.bias_options.first_step) store_momentum_buffer(sgd.dict, sgd.bias.object, s.bias_buf);
-  if (sgd.step_is_scheduled) note_step_called(sgd.dict);
+void LinearStep::leave_optimizer(Call& call) {
+  for (const NewBuffer& buffer : call.new_buffers) buffer.store();
+  call.new_buffers.clear();
+  if (call.reading.sgd.step_is_scheduled) note_step_called(call.reading.sgd.dict);
 }
 
 py::object LinearStep::step(py::handle input, py::handle target) {
+  if (busy_) return py::none();
+  const InUse in_use(*this);
   plan_ = nullptr;
   Verdict verdict(nullptr);
   Call call;
@@ -289,6 +297,8 @@ py::object LinearStep::step(py::handle input, py::handle target) {
 py::object LinearStep::run(py::handle inputs, py::handle targets, int64_t epochs,
                            int64_t batch_size, bool shuffle, std::optional<at::Generator> generator,
                            const py::object& progress) {
+  if (busy_) return py::none();
+  const InUse in_use(*this);
   Verdict verdict(nullptr);
   Call call;
   if (!resolve(inputs.ptr(), targets.ptr(), verdict, call)) return py::none();
@@ -306,26 +316,32 @@ py::object LinearStep::run(py::handle inputs, py::handle targets, int64_t epochs
 
   using Clock = std::chrono::steady_clock;
   auto last_signals = Clock::now(), last_progress = last_signals;
-  bool stepped = false;
-  const std::function<void(int64_t)> poll = [&](int64_t done) {
-    stepped = done > 0;
+  // Handlers of signals and the progress are the caller's code: they run in the world it is in.
+  const c10::impl::LocalDispatchKeySet callers_keys = c10::impl::tls_local_dispatch_key_set();
+  const std::optional<c10::Device> callers_device = current_device(call.state.weight.device());
+  RunWatch watch;
+  watch.poll = [&] {
     const auto now = Clock::now();
     if (now - last_signals < std::chrono::milliseconds(50)) return;
     last_signals = now;
+    const c10::impl::ForceDispatchKeyGuard keys(callers_keys);
+    const c10::OptionalDeviceGuard device(callers_device);
     const py::gil_scoped_acquire_simple gil;
+    if (watch.steps > 0) leave_optimizer(call);
     if (PyErr_CheckSignals() != 0) throw py::error_already_set();
     if (!progress.is_none() && now - last_progress >= std::chrono::milliseconds(100)) {
       last_progress = now;
-      progress(done);
+      progress(watch.steps);
     }
   };
   at::Tensor losses;
   try {
     const py::gil_scoped_release_simple no_gil;
     losses = run_linear_mse_sgd(call.state, call.input, call.target,
-                                {epochs, batch_size, shuffle, std::move(generator)}, memory_, poll);
+                                {epochs, batch_size, shuffle, std::move(generator)}, memory_,
+                                watch);
   } catch (...) {
-    if (stepped) leave_optimizer(call);
+    if (watch.steps > 0) leave_optimizer(call);
     throw;
   }
   leave_optimizer(call);

@@ -18,7 +18,8 @@
 
 namespace fused_step {
 
-// Not to be called from two threads at once. Holds no references: the TrainStep that made it does,
+// A call while another is under way is one where no fused plan applies. Holds no references to what
+// it was made of: the TrainStep that made it does,
 // where Python's garbage collector sees them (a model may well hold its TrainStep).
 class LinearStep {
  public:
@@ -56,6 +57,14 @@ class LinearStep {
     bool autocast = false;
     at::Tensor input;
     at::Tensor target;
+    std::vector<NewBuffer> new_buffers;  // of a first step
+  };
+
+  // Another thread may come while a step has given the GIL away, or a signal's handler in a run.
+  struct InUse {
+    explicit InUse(LinearStep& step) : step(step) { step.busy_ = true; }
+    ~InUse() { step.busy_ = false; }
+    LinearStep& step;
   };
 
   bool resolve(PyObject* input, PyObject* target, Verdict& verdict, Call& call);
@@ -65,7 +74,7 @@ class LinearStep {
   // Whether a fused plan is worth taking for batches of so many rows.
   static bool check_rows(const Call& call, int64_t rows, Verdict& verdict);
   static void make_buffers(Call& call);
-  static void leave_optimizer(const Call& call);
+  static void leave_optimizer(Call& call);
 
   pybind11::handle model_, loss_function_, optimizer_;
   SgdReader sgd_reader_;
@@ -73,6 +82,7 @@ class LinearStep {
   Reading kept_;
   EngineMemory memory_;
   const char* plan_ = nullptr;
+  bool busy_ = false;
 };
 
 // `step`.step, kept alive by its Python object `self`, as a built-in function of two positional

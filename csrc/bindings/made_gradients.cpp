@@ -52,6 +52,10 @@ void set_made_gradients(const at::Tensor& loss, const std::vector<at::Tensor>& t
                         std::vector<at::Tensor> gradients) {
   const auto node = make_node<MadeGradientsBackward>();
   node->set_next_edges(torch::autograd::collect_next_edges(tensors));
+  for (size_t k = 0; k < tensors.size(); ++k) {
+    // The engine does not where a parameter's grad_dtype is None.
+    gradients[k] = gradients[k].to(tensors[k].scalar_type());
+  }
   node->hold(std::move(gradients));
   torch::autograd::set_history(loss, node);
 }

@@ -2,22 +2,26 @@
 // What kind of tensor it is, and where its elements lie in memory.
 #pragma once
 
-#include <ATen/EmptyTensor.h>
 #include <ATen/core/Tensor.h>
 
 #include <cstdint>
 
 namespace fused_step {
 
-// Dispatch keys of an ordinary CPU tensor. Inference tensors, subclasses, views with a negative or
-// conjugate bit, sparse, meta, fake and functorch tensors all differ.
-inline c10::DispatchKeySet plain_cpu_keys() {
-  static const c10::DispatchKeySet keys =
-      at::detail::empty_cpu({0}, at::TensorOptions().dtype(at::kFloat)).key_set();
-  return keys;
-}
+// Dispatch keys of an ordinary tensor on the CPU or on CUDA. Inference tensors, subclasses, views
+// with a negative or conjugate bit, sparse, meta, fake and functorch tensors all differ. Not taken
+// from a tensor: one that is made in inference mode is none of these.
+constexpr c10::DispatchKeySet kPlainCpuKeys{c10::DispatchKey::CPU, c10::DispatchKey::AutogradCPU,
+                                            c10::DispatchKey::AutocastCPU,
+                                            c10::DispatchKey::ADInplaceOrView};
+constexpr c10::DispatchKeySet kPlainCudaKeys{c10::DispatchKey::CUDA, c10::DispatchKey::AutogradCUDA,
+                                             c10::DispatchKey::AutocastCUDA,
+                                             c10::DispatchKey::ADInplaceOrView};
 
-inline bool has_plain_cpu_keys(const at::Tensor& t) { return t.key_set() == plain_cpu_keys(); }
+inline bool has_plain_cpu_keys(const at::Tensor& t) { return t.key_set() == kPlainCpuKeys; }
+inline bool has_plain_keys(const at::Tensor& t) {
+  return has_plain_cpu_keys(t) || t.key_set() == kPlainCudaKeys;
+}
 
 // The half-open range of addresses that holds every element; empty for a tensor without elements.
 struct Extent {

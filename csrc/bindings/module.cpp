@@ -18,6 +18,7 @@
 #include "bindings/linear_mse_eager.h"
 #include "bindings/linear_step.h"
 #include "bindings/python_objects.h"
+#include "bindings/sgd_groups.h"
 #include "bindings/sgd_step.h"
 #include "cpu/kernels.h"
 #ifdef FUSED_STEP_WITH_CUDA
@@ -114,6 +115,11 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def(
       "set_sgd", [](const py::type& type) { fused_step::set_sgd(type.ptr()); }, py::arg("type"),
       "Makes fused_step.SGD known to LinearStep.");
+
+  m.def(
+      "sgd_options_are_fused",
+      [](py::handle optimizer) { return fused_step::sgd_options_are_fused(optimizer.ptr()); },
+      py::arg("optimizer"), "Whether the options of all of an SGD's groups are for the kernels.");
 
   py::class_<LinearStep>(m, "LinearStep", py::module_local(),
                          "Fused plans of TrainStep for a linear model; see train_step.py.")

@@ -20,8 +20,9 @@ bool is_in_range(double number) {
   return !std::isfinite(number) || std::abs(number) <= kLargest;
 }
 
+// Not a bool, which torch's operators reject in some places.
 bool read_number(PyObject* value, double& number) {
-  if (value == nullptr) return false;
+  if (value == nullptr || PyBool_Check(value)) return false;
   if (PyFloat_Check(value)) {
     number = PyFloat_AS_DOUBLE(value);
     return is_in_range(number);
@@ -94,11 +95,21 @@ bool read_sgd_options(PyObject* group, SgdOptions& options, PyObject*& device_lr
          read_flag(is_differentiable, differentiable) && !differentiable;
 }
 
-bool SgdReader::is_stock(PyObject* predicate, PyObject* function, PyObject*& last_seen) {
-  if (function == last_seen) return true;
+bool sgd_options_are_fused(PyObject* optimizer) {
+  const py::list groups = py::getattr(optimizer, python_objects().names.param_groups);
+  for (const py::handle group : groups) {
+    SgdOptions options;
+    PyObject* lr = nullptr;
+    bool may_be_kept = false;
+    if (!read_sgd_options(group.ptr(), options, lr, may_be_kept)) return false;
+  }
+  return true;
+}
+
+bool SgdReader::is_stock(PyObject* predicate, PyObject* function, py::object& last_seen) {
+  if (function == last_seen.ptr()) return true;
   if (!py::handle(predicate)(py::handle(function)).cast<bool>()) return false;
-  Py_INCREF(function);
-  Py_XSETREF(last_seen, function);
+  last_seen = py::reinterpret_borrow<py::object>(function);
   return true;
 }
 
@@ -220,15 +231,18 @@ bool SgdReader::read(PyObject* optimizer, Verdict& v, Watch& watch, SgdReading& 
   return true;
 }
 
-py::object momentum_entry(PyObject* optimizer_dict, PyObject* param) {
+NewBuffer::NewBuffer(PyObject* optimizer_dict, PyObject* param, const at::Tensor& buf)
+    : buf_(py::reinterpret_steal<py::object>(to_python(buf))) {
   const py::handle state(get_item(optimizer_dict, python_objects().names.state));
-  return state[py::handle(param)];
+  entry_ = state[py::handle(param)];
 }
 
-void store_momentum_buffer(PyObject* optimizer_dict, PyObject* param, const at::Tensor& buf) {
-  const py::object entry = momentum_entry(optimizer_dict, param);
-  entry[py::handle(python_objects().names.momentum_buffer)] =
-      py::reinterpret_steal<py::object>(to_python(buf));
+void NewBuffer::store() const {
+  PyObject* const key = python_objects().names.momentum_buffer;
+  const int failed = PyDict_CheckExact(entry_.ptr())
+                         ? PyDict_SetItem(entry_.ptr(), key, buf_.ptr())
+                         : PyObject_SetItem(entry_.ptr(), key, buf_.ptr());
+  if (failed != 0) throw py::error_already_set();
 }
 
 void note_step_called(PyObject* optimizer_dict) {

@@ -35,6 +35,9 @@ struct SgdReading {
 bool read_sgd_options(PyObject* group, SgdOptions& options, PyObject*& device_lr,
                       bool& may_be_kept);
 
+// Whether those of all groups are.
+bool sgd_options_are_fused(PyObject* optimizer);
+
 class SgdReader {
  public:
   // Fills `reading`, whose weight.object and bias.object are set, and notes in `watch` what it came
@@ -45,21 +48,26 @@ class SgdReader {
   bool check_step(PyObject* optimizer, PyObject* dict, Verdict& verdict, Watch& watch,
                   SgdReading& reading);
   // Whether predicate(function) of fused_step/_stock.py says so.
-  static bool is_stock(PyObject* predicate, PyObject* function, PyObject*& last_seen);
+  static bool is_stock(PyObject* predicate, PyObject* function, pybind11::object& last_seen);
 
   // The functions that were found to be PyTorch's own; compared by identity at each call, and held
   // so that no other function can take the address.
-  PyObject* class_step_ = nullptr;
-  PyObject* instance_step_ = nullptr;
-  PyObject* class_init_group_ = nullptr;
+  pybind11::object class_step_, instance_step_, class_init_group_;
 };
 
-// optimizer.state[param], made if it is not there, as SGD.step has it made: by the state itself,
-// which may raise.
-pybind11::object momentum_entry(PyObject* optimizer_dict, PyObject* param);
+// A momentum buffer that a first step makes, and its place. What of Python's may raise comes before
+// the step: the state makes optimizer.state[param] as SGD.step has it made, and refuses it perhaps.
+class NewBuffer {
+ public:
+  NewBuffer(PyObject* optimizer_dict, PyObject* param, const at::Tensor& buf);
 
-// Puts a buffer that the first step has made into optimizer.state[param].
-void store_momentum_buffer(PyObject* optimizer_dict, PyObject* param, const at::Tensor& buf);
+  // After the step. It runs no code of Python's, where a Ctrl-C would be heard, if the entry is a
+  // dictionary.
+  void store() const;
+
+ private:
+  pybind11::object entry_, buf_;
+};
 
 // Tells the scheduler that wraps optimizer.step that it has been called; otherwise the first
 // scheduler.step() warns.

@@ -201,14 +201,19 @@ bool is_device_scalar(const at::Tensor& t) {
          has_its_storage(t);
 }
 
+// False: an integer beyond the range of a double.
+bool read_double(PyObject* number, double& value) {
+  value = PyFloat_AsDouble(number);
+  const bool failed = value == -1.0 && PyErr_Occurred() != nullptr;
+  if (failed) PyErr_Clear();
+  return !failed;
+}
+
 // One number that a GradScaler leaves on the optimizer: absent or None keeps `value`; one on CUDA
 // is not read, which would wait for the device, but handed on.
 bool read_scaler_value(PyObject* object, double& value, at::Tensor& on_device) {
   if (object == nullptr || object == Py_None) return true;
-  if (PyLong_Check(object) || PyFloat_Check(object)) {
-    value = PyFloat_AsDouble(object);
-    return true;
-  }
+  if (PyLong_Check(object) || PyFloat_Check(object)) return read_double(object, value);
   if (!is_exact_tensor(object)) return false;
   const at::Tensor& t = tensor_of(object);
   if (t.is_cuda()) {
@@ -260,7 +265,7 @@ bool SgdStep::read_group(PyObject* dict, Group& group, cpu::SgdRule& rule, bool&
   bool may_be_kept = true;
   group.lr = nullptr;
   group.has_options = read_sgd_options(dict, rule.options, group.lr, may_be_kept);
-  group.momentum_float = is_float32(get_item(dict, n.momentum_dtype));
+  group.momentum_float = is_ours_ && is_float32(get_item(dict, n.momentum_dtype));
   if ((rule.options.momentum != 0.0) != had_momentum) {
     state_version_ = 0;
     is_repeat = false;
@@ -364,7 +369,7 @@ bool SgdStep::read(PyObject* dict, bool& is_repeat) {
   return true;
 }
 
-bool SgdStep::read_scaling(PyObject* dict, Scaling& scaling) {
+bool SgdStep::read_scaling(PyObject* dict, Scaling& scaling) const {
   const Names& n = python_objects().names;
   double grad_scale = 1.0, found_inf = 0.0;
   if (!read_scaler_value(get_item(dict, n.grad_scale), grad_scale, scaling.grad_scale) ||
@@ -373,11 +378,10 @@ bool SgdStep::read_scaling(PyObject* dict, Scaling& scaling) {
   }
   scaling.skips = found_inf != 0.0;
   if (grad_scale != 1.0) scaling.unscale = static_cast<double>(sgd_unscale(grad_scale));
-  PyObject* const max_norm = get_item(dict, n.max_grad_norm);
+  PyObject* const max_norm = is_ours_ ? get_item(dict, n.max_grad_norm) : nullptr;
   if (max_norm == nullptr || max_norm == Py_None) return true;
   if (!PyLong_Check(max_norm) && !PyFloat_Check(max_norm)) return false;
-  scaling.max_norm = PyFloat_AsDouble(max_norm);
-  return true;
+  return read_double(max_norm, scaling.max_norm.emplace());
 }
 
 // Whether the kernels may update a parameter on `device` under its group's options.
@@ -599,8 +603,11 @@ bool SgdStep::is_on_one_device() const {
   return true;
 }
 
-bool SgdStep::gather(PyObject* dict, ZeroGrad zero_grad, Scaling& scaling) {
+bool SgdStep::gather(PyObject* optimizer, PyObject* dict, ZeroGrad zero_grad, Scaling& scaling) {
   left_.clear();
+  PyTypeObject* const ours = python_objects().fused_sgd;
+  const bool is_ours = ours != nullptr && PyType_IsSubtype(Py_TYPE(optimizer), ours) != 0;
+  if (is_ours != std::exchange(is_ours_, is_ours)) groups_list_ = nullptr;  // to be read again
   bool is_repeat = std::exchange(is_repeatable_, false);
   const Names& n = python_objects().names;
   PyObject* const defaults = get_item(dict, n.defaults);
@@ -621,26 +628,26 @@ bool SgdStep::gather(PyObject* dict, ZeroGrad zero_grad, Scaling& scaling) {
   return true;
 }
 
-// The buffers of a first step, which SGD would make from the gradient, by item.
-std::vector<at::Tensor> SgdStep::make_buffers(PyObject* dict, const Scaling& scaling) {
-  std::vector<at::Tensor> bufs;
+// The buffers of a first step, which SGD would make from the gradient.
+std::vector<NewBuffer> SgdStep::make_buffers(PyObject* dict, const Scaling& scaling) {
+  std::vector<NewBuffer> bufs;
   if (!has_first_steps_) return bufs;
-  bufs.resize(items_.size());
   for (size_t k = 0; k < items_.size(); ++k) {
     SgdItem& item = items_[k];
     if (!item.slice.first_step) continue;
-    momentum_entry(dict, work_[k].slot->param);  // if the state refuses, nothing has changed
     const at::Tensor& param = *work_[k].param;
     const at::TensorOptions options =
         param.options().dtype(has_float_buf(item.storage) ? at::kFloat : param.scalar_type());
+    at::Tensor buf;
     if (item.device == kOnCpu) {
-      bufs[k] = at::Tensor(at::detail::empty_strided_cpu(param.sizes(), param.strides(), options));
+      buf = at::Tensor(at::detail::empty_strided_cpu(param.sizes(), param.strides(), options));
     } else {
-      bufs[k] = at::empty_strided(param.sizes(), param.strides(), options);
+      buf = at::empty_strided(param.sizes(), param.strides(), options);
       // It stays so if the step is skipped.
-      if (scaling.found_inf.defined()) bufs[k].zero_();
+      if (scaling.found_inf.defined()) buf.zero_();
     }
-    item.slice.buf = bufs[k].mutable_data_ptr();
+    item.slice.buf = buf.mutable_data_ptr();
+    bufs.emplace_back(dict, work_[k].slot->param, buf);
   }
   return bufs;
 }
@@ -668,12 +675,9 @@ void SgdStep::bump_versions(size_t begin, size_t end, bool wrote_grads) const {
 }
 
 // What the step leaves behind beside the parameters.
-void SgdStep::leave_optimizer(PyObject* dict, const std::vector<at::Tensor>& new_bufs,
+void SgdStep::leave_optimizer(PyObject* dict, const std::vector<NewBuffer>& new_bufs,
                               const at::Tensor& norm) {
-  for (size_t k = 0; has_first_steps_ && k < items_.size(); ++k) {
-    if (!items_[k].slice.first_step) continue;
-    store_momentum_buffer(dict, work_[k].slot->param, new_bufs[k]);
-  }
+  for (const NewBuffer& buf : new_bufs) buf.store();
   if (!norm.defined()) return;
   const py::object wrapped = py::reinterpret_steal<py::object>(to_python(norm));
   if (PyDict_SetItem(dict, python_objects().names.grad_norm, wrapped.ptr()) != 0) {
@@ -741,7 +745,8 @@ void SgdStep::run(PyObject* dict, const Scaling& scaling, ZeroGrad zero_grad) {
   const GradAfter grad_after = zero_grad == ZeroGrad::kToZero ? GradAfter::kZero
                                : scaling.unscales()           ? GradAfter::kUnscaled
                                                               : GradAfter::kKept;
-  const std::vector<at::Tensor> new_bufs = make_buffers(dict, scaling), lrs = device_lrs();
+  const std::vector<NewBuffer> new_bufs = make_buffers(dict, scaling);
+  const std::vector<at::Tensor> lrs = device_lrs();
   std::vector<Held> held;
   at::Tensor norm;
   {
@@ -762,7 +767,7 @@ bool SgdStep::step(PyObject* optimizer, ZeroGrad zero_grad) {
   const InUse in_use(*this);
   const py::object dict = dict_of(optimizer);
   Scaling scaling;
-  if (has_hooks_or_profiler(dict.ptr()) || !gather(dict.ptr(), zero_grad, scaling) ||
+  if (has_hooks_or_profiler(dict.ptr()) || !gather(optimizer, dict.ptr(), zero_grad, scaling) ||
       !left_.empty()) {
     return false;
   }
@@ -786,7 +791,7 @@ bool SgdStep::update(PyObject* optimizer, const py::object& update_left) {
   const InUse in_use(*this);
   const py::object dict = dict_of(optimizer);
   Scaling scaling;
-  if (!gather(dict.ptr(), ZeroGrad::kNo, scaling)) return false;
+  if (!gather(optimizer, dict.ptr(), ZeroGrad::kNo, scaling)) return false;
   if (scaling.skips) return true;
   std::vector<Held> held;
   if (!left_.empty()) {

@@ -14,6 +14,7 @@
 #include "bindings/engines.h"
 #include "bindings/memory.h"
 #include "bindings/sgd_cpu.h"
+#include "bindings/sgd_groups.h"
 #include "bindings/sgd_items.h"
 
 namespace fused_step {
@@ -102,9 +103,9 @@ class SgdStep {
   bool read(PyObject* dict, bool& is_repeat);
   bool read_group(PyObject* dict, Group& group, cpu::SgdRule& rule, bool& is_repeat);
   void read_state(PyObject* state);
-  static bool read_scaling(PyObject* dict, Scaling& scaling);
+  bool read_scaling(PyObject* dict, Scaling& scaling) const;
   // False: everything is to be left. What is left by itself is in left_.
-  bool gather(PyObject* dict, ZeroGrad zero_grad, Scaling& scaling);
+  bool gather(PyObject* optimizer, PyObject* dict, ZeroGrad zero_grad, Scaling& scaling);
   bool add_work(Slot& slot, const at::Tensor& param, const at::Tensor& grad, bool writes_grads,
                 const Scaling& scaling);
   bool add_all(bool writes_grads, const Scaling& scaling);
@@ -114,10 +115,10 @@ class SgdStep {
   bool is_for_cuda(const Slot& slot, c10::Device device, const Scaling& scaling) const;
   bool is_disjoint(bool writes_grads, const Scaling& scaling);
   bool is_on_one_device() const;
-  std::vector<at::Tensor> make_buffers(PyObject* dict, const Scaling& scaling);
+  std::vector<NewBuffer> make_buffers(PyObject* dict, const Scaling& scaling);
   std::vector<Held> hold();
   void bump_versions(size_t begin, size_t end, bool wrote_grads) const;
-  void leave_optimizer(PyObject* dict, const std::vector<at::Tensor>& new_bufs,
+  void leave_optimizer(PyObject* dict, const std::vector<NewBuffer>& new_bufs,
                        const at::Tensor& norm);
   void drop_grads();
   std::vector<at::Tensor> device_lrs() const;
@@ -127,6 +128,7 @@ class SgdStep {
                               ItemsUpdated updated);
   void run(PyObject* dict, const Scaling& scaling, ZeroGrad zero_grad);
 
+  bool is_ours_ = false;  // a fused_step.SGD, with options of its own
   PyObject* groups_list_ = nullptr;
   std::vector<Group> groups_;
   std::vector<Slot> slots_;

@@ -70,9 +70,13 @@ FUSED_STEP_INLINE float widen(Float16 value) {
     const uint32_t quiet = magnitude > 0x7c00u ? 0x00400000u : 0u;
     return float_from_bits(sign | 0x7f800000u | quiet | (magnitude & 0x3ffu) << 13);
   }
-  // As the bits of a float the magnitude is too small by 2^112, the difference of the exponents'
-  // biases; the product is exact, for subnormal values too.
-  return float_from_bits(sign | bits_of_float(float_from_bits(magnitude << 13) * 0x1p112f));
+  if (magnitude >= 0x0400u) {  // the exponents' biases differ by 112
+    return float_from_bits(sign | ((magnitude << 13) + 0x38000000u));
+  }
+  // Units of 2^-24, that of a float from 0.5 to 1: exact, and without a subnormal float, which
+  // torch.set_flush_denormal() would have read as zero.
+  const float units = float_from_bits(0x3f000000u | magnitude) - 0.5f;
+  return float_from_bits(sign | bits_of_float(units));
 #endif
 }
 

@@ -9,6 +9,10 @@
 #include "core/float16.h"
 #include "float16_cases.h"
 
+#if defined(__x86_64__)
+#include <xmmintrin.h>
+#endif
+
 using namespace fused_step;
 using namespace fused_step::test;
 
@@ -73,6 +77,21 @@ TEST(widen_gives_the_value_of_all_16_bit_numbers) {
     }
   });
 }
+
+#if defined(__x86_64__)
+// As torch.set_flush_denormal(True) has it: subnormal floats are read as zero and written as zero.
+TEST(widen_gives_the_value_of_all_float16_numbers_where_subnormal_floats_are_zero) {
+  const unsigned int before = _mm_getcsr();
+  for (uint32_t bits = 0; bits < 0x10000u; ++bits) {
+    _mm_setcsr(before | 0x8040u);
+    const float wide = widen(Float16{static_cast<uint16_t>(bits)});
+    _mm_setcsr(before);
+    const double want = value_of<Float16>(static_cast<uint16_t>(bits));
+    check(same(static_cast<double>(wide), want), "%04x is %a, want %a", bits,
+          static_cast<double>(wide), want);
+  }
+}
+#endif
 
 TEST(narrow_rounds_to_nearest_even_with_subnormals_overflow_and_nan) {
   for_both_types([](auto type) {
