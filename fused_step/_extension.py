@@ -40,12 +40,30 @@ def load() -> ModuleType:
         warnings.warn(
             f"fused_step runs without its compiled module, by PyTorch's own operators: {error}",
             RuntimeWarning,
-            stacklevel=3,  # where fused_step is imported first
+            stacklevel=_stacklevel_of_importer(),
         )
         from fused_step import _stand_in
 
         _stand_in.REASON = str(error)
         return _stand_in
+
+
+def _stacklevel_of_importer() -> int:
+    """The stacklevel with which a warning of this function's caller points at the line outside of
+    the package that imports it."""
+    package = str(Path(__file__).parent) + os.sep
+    importlib_package = str(Path(importlib.__file__).parent) + os.sep
+    level = 1
+    frame = sys._getframe(1)
+    while frame.f_back is not None:
+        file = frame.f_code.co_filename
+        # As `warnings` tells the frames of an import statement, which it does not count.
+        if not ("importlib" in file and "_bootstrap" in file):
+            if not file.startswith((package, importlib_package)):
+                break
+            level += 1
+        frame = frame.f_back
+    return level
 
 
 def _library() -> on_import.Library:

@@ -124,7 +124,8 @@ class TrainStep:
         return self._fused.plan or self._loop_plan
 
     def explain(self, input: Tensor, target: Tensor) -> str:
-        """Says which plan ``step(input, target)`` would take, and why no deeper one.
+        """Says which plan ``step(input, target)`` would take, and why no deeper one; of "head", as
+        far as can be told without running what comes before the last layer.
 
         Runs nothing and changes nothing.
 
@@ -139,7 +140,7 @@ class TrainStep:
             if has_update and not _C.sgd_options_are_fused(self._optimizer):
                 has_update = self._is_ours()  # which leaves some parameters to torch
                 reasons.append("an option is not fused: torch updates the parameters of its group")
-            elif not has_update:
+            elif not has_update and _IS_COMPILED:  # else that is the reason
                 reasons_of_head.append(
                     "optimizer.step() and zero_grad() are called as they are: the optimizer is not "
                     "fused_step.SGD or torch.optim.SGD itself, or has been changed, or has hooks"

@@ -139,16 +139,31 @@ print(json.dumps({name: str(getattr(ops, name).default._schema) for name in %r})
 
 
 @pytest.fixture(scope="module")
-def outcome(tmp_path_factory):
+def folder(tmp_path_factory):
+    """Where a copy of the package lies, without the module."""
     folder = tmp_path_factory.mktemp("site")
     ignored = shutil.ignore_patterns("*.so", "*.json", "__pycache__")
     shutil.copytree(PACKAGE, folder / "fused_step", ignore=ignored)
-    environment = {**os.environ, "FUSED_STEP_BUILD": "never", "PYTHONPATH": str(folder)}
+    return folder
+
+
+def python(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Runs Python with that copy, a cache of its own, and these arguments."""
+    environment = {
+        **os.environ,
+        "FUSED_STEP_BUILD": "never",
+        "FUSED_STEP_CACHE": str(folder / "cache"),
+        "PYTHONPATH": str(folder),
+    }
     del environment["FUSED_STEP_REQUIRE_EXT"]
     return subprocess.run(
-        [sys.executable, "-c", SCRIPT % (OPS,)],
-        cwd=folder, env=environment, capture_output=True, text=True,
-    )  # fmt: skip
+        [sys.executable, *arguments], cwd=folder, env=environment, capture_output=True, text=True
+    )
+
+
+@pytest.fixture(scope="module")
+def outcome(folder):
+    return python(folder, "-c", SCRIPT % (OPS,))
 
 
 def test_every_door_gives_what_pytorch_gives(outcome):
@@ -158,3 +173,39 @@ def test_every_door_gives_what_pytorch_gives(outcome):
 def test_operators_have_the_schemas_of_the_compiled_ones(outcome):
     compiled = {name: str(getattr(torch.ops.fused_step, name).default._schema) for name in OPS}
     assert json.loads(outcome.stdout) == compiled
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "import fused_step",
+        "from fused_step.optim import SGD",
+        "import importlib; importlib.import_module('fused_step')",
+    ],
+)
+def test_warning_points_at_the_line_that_imports_the_package(folder, statement):
+    script = folder / "users.py"
+    script.write_text(f"import sys\n{statement}\n")
+    done = python(folder, str(script))
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.startswith(f"{script}:2: RuntimeWarning: fused_step runs without")
+
+
+EXPLAIN = """
+import torch, warnings
+warnings.simplefilter("ignore", RuntimeWarning)
+import fused_step
+model = torch.nn.Linear(2, 1)
+for kind in (torch.optim.SGD, fused_step.SGD, torch.optim.AdamW):
+    step = fused_step.TrainStep(model, torch.nn.MSELoss(), kind(model.parameters(), lr=0.1))
+    print(step.explain(torch.ones(3, 2), torch.ones(3, 1)))
+"""
+
+
+def test_explain_gives_the_missing_module_as_the_only_reason(folder):
+    done = python(folder, "-c", EXPLAIN)
+    assert done.returncode == 0, done.stderr
+    plans, reasons = done.stdout.splitlines()[::2], done.stdout.splitlines()[1::2]
+    assert plans == ["plan: plain"] * 3
+    assert len(set(reasons)) == 1
+    assert reasons[0].startswith("not deeper: there is no compiled module: ")
