@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -89,6 +90,18 @@ def test_without_a_compiler_the_sources_are_installed(setup, monkeypatch):
 def test_oldest_torch_is_that_of_the_metadata(setup):
     metadata = (ROOT / "pyproject.toml").read_text()
     assert f'"torch>={".".join(map(str, setup.OLDEST_TORCH))}"' in metadata
+
+
+def test_sdist_has_what_a_build_needs_and_no_part_of_the_tests(tmp_path):
+    subprocess.run(
+        [sys.executable, "setup.py", "--quiet", "egg_info", "--egg-base", str(tmp_path)],
+        cwd=ROOT, env={**os.environ, "FUSED_STEP_BUILD": "never"}, check=True,
+    )  # fmt: skip
+    files = (tmp_path / "fused_step.egg-info/SOURCES.txt").read_text().splitlines()
+    folders = {file.split("/")[0] for file in files if "/" in file}
+    assert {"csrc", "fused_step"} <= folders
+    assert "tests" not in folders
+    assert {"CHANGELOG.md", "LICENSE", "README.md", "pyproject.toml", "setup.py"} <= set(files)
 
 
 def test_failing_compiler_leaves_it_to_the_first_import_unless_required(
