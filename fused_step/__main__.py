@@ -7,13 +7,14 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from fused_step import info
+from fused_step import __version__, info
 from fused_step._build import cache, on_import
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The commands ``info``, ``build`` and ``cache``."""
+    """The commands ``info``, ``build`` and ``cache``, and ``--version``."""
     parser = argparse.ArgumentParser(prog="python -m fused_step")
+    parser.add_argument("--version", action="version", version=f"fused_step {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("info", help="print versions, what was built and what is used here")
     commands.add_parser("build", help="compile now what the first import would compile")

@@ -75,6 +75,16 @@ def test_command_prints_the_report():
     assert output.stderr == ""
 
 
+def test_version_is_printed_without_a_command():
+    output = subprocess.run(
+        [sys.executable, "-W", "error", "-m", "fused_step", "--version"],
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    assert (output.stdout, output.stderr) == (f"fused_step {fused_step.__version__}\n", "")
+
+
 def test_unknown_command_exits_with_usage(capsys):
     with pytest.raises(SystemExit) as exit_info:
         main(["nonsense"])
