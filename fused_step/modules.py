@@ -52,7 +52,7 @@ class LinearMSELoss(nn.Module):
         out_features: int,
         bias: bool = True,
         reduction: str = "mean",
-        device: torch.device | str | None = None,
+        device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
@@ -96,6 +96,7 @@ class LinearMSELoss(nn.Module):
         return output
 
     def extra_repr(self) -> str:
+        """What stands in the module's ``repr`` beside its layer."""
         return f"reduction={self.reduction!r}"
 
     def _load_from_state_dict(

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import numbers
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar, overload
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from fused_step._extension import _C
 
 KEEP_GRAD, GRAD_TO_NONE, GRAD_TO_ZERO = range(3)  # ZeroGrad in csrc/bindings/sgd_step.h
 _NARROW_DTYPES = (torch.float16, torch.bfloat16)
+_Loss = TypeVar("_Loss")
 
 
 class SGD(torch.optim.SGD):
@@ -141,6 +142,16 @@ class SGD(torch.optim.SGD):
             self.defaults["momentum_dtype"] = momentum_dtype
             for group in self.param_groups:
                 group.setdefault("momentum_dtype", momentum_dtype)
+
+    @overload
+    def step(
+        self, closure: None = None, *, zero_grad: bool = False, set_to_none: bool = True
+    ) -> None: ...
+
+    @overload
+    def step(
+        self, closure: Callable[[], _Loss], *, zero_grad: bool = False, set_to_none: bool = True
+    ) -> _Loss: ...
 
     def step(
         self,
@@ -280,6 +291,15 @@ class SGD(torch.optim.SGD):
         return torch.clamp(self.max_grad_norm / (norm + 1e-6), max=1.0)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a group, as torch.optim.SGD does.
+
+        Args:
+            param_group: the group's ``"params"``, and its options where they differ from the
+                optimizer's, ``"momentum_dtype"`` among them.
+
+        Raises:
+            TypeError: its `momentum_dtype` is neither None nor ``torch.float32``.
+        """
         if isinstance(param_group, dict):
             _check_momentum_dtype(param_group.get("momentum_dtype"))
         super().add_param_group(param_group)
