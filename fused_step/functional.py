@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Door 2: the mean squared error of a linear layer, as one differentiable function."""
+"""linear_mse_loss: a linear layer and the mean squared error as one differentiable function."""
 
 from __future__ import annotations
 

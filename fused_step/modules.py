@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Door 2 as a module: a linear layer that gives its loss."""
+"""LinearMSELoss: a linear layer that gives its loss."""
 
 from __future__ import annotations
 

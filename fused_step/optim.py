@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Door 3: the optimizer, in place of torch.optim.SGD."""
+"""SGD: the optimizer, in place of torch.optim.SGD."""
 
 from __future__ import annotations
 

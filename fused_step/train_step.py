@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Door 1: a whole training step as one call."""
+"""TrainStep: a whole training step as one call."""
 
 from __future__ import annotations
 
@@ -206,7 +206,7 @@ class TrainStep:
         return loss.detach()
 
     def _step_and_zero_grad(self) -> None:
-        """The last two lines, by door 3 where it has them; it leaves to torch what it cannot do."""
+        """The last two lines, as one call where SGD's update is fused."""
         optimizer = self._optimizer
         if self._is_ours():
             optimizer.step(zero_grad=True)  # type: ignore[call-overload]
