@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -30,6 +31,39 @@ def test_counted_operators_and_bytes_are_those_of_the_page():
     plan = by_script.pop(-2)  # one operator, which is the fused step's sum
     assert plan == by_script[-1]
     assert in_page == by_script
+
+
+def test_figures_of_the_page_are_those_of_the_committed_results_and_counts():
+    """Times within 10 %, which rounding takes; instructions within `make bench-check`'s 5 %."""
+    text = " ".join((ROOT / "docs/how-it-is-fast.md").read_text().split())
+
+    def figure(pattern: str) -> float:
+        (found,) = re.findall(pattern, text)
+        return float(found.replace(" ", ""))
+
+    counts = json.loads((BENCHMARKS / "baseline.json").read_text())["counts"]
+    step = figure(r"about (\d[\d ]*\d) instructions in all")
+    assert step == pytest.approx(counts["step() 3x2x1"], rel=0.05)
+    step_of_run = figure(r"a step is about (\d+) instructions")
+    assert step_of_run == pytest.approx(counts["run() 3x2x1"], rel=0.05)
+
+    cases = {c["name"]: c for c in results.load(BENCHMARKS / "results/cpu.json")["cases"]}
+    timed = {
+        name: {c["key"]: (c["microseconds"] or {}).get("median") for c in case["contestants"]}
+        for name, case in cases.items()
+    }
+    small = timed["3x2x1"]
+    assert "about half a microsecond" in text
+    assert small["floor_call"] == pytest.approx(0.5, rel=0.2)
+    five_lines = figure(r"the five lines take ([\d.]+) ms")
+    assert five_lines * 1e3 == pytest.approx(small["eager"], rel=0.1)
+    assert "less than a seventh of that" in text
+    assert small["hand"] * 7 < small["eager"]
+
+    milliseconds = figure(r"for that read they take ([\d.]+) ms")
+    assert milliseconds * 1e3 == pytest.approx(timed["65536x1024x1"]["floor_read"], rel=0.1)
+    gb_per_s = figure(r"the (\d+) GB/s that our results have")
+    assert gb_per_s * milliseconds == pytest.approx(65536 * 1024 * 4 / 1e6, rel=0.05)
 
 
 @pytest.mark.parametrize("page", [p.name for p in sorted((ROOT / "docs").glob("*.md"))])
