@@ -36,8 +36,9 @@ def section(by_kind: Mapping[str, dict]) -> str:
     lines = [
         *_paragraph(
             f"Microseconds per training step, float32, on {cpu['threads']} threads of "
-            f"{cpu['machine']['cpu']} with torch {cpu['versions']['torch']}: medians of "
-            "interleaved rounds; the last four columns are medians of the rounds' ratios. "
+            f"{cpu['machine']['cpu']} with torch {cpu['versions']['torch']} and Python "
+            f"{cpu['versions']['python']}: medians of interleaved rounds; the last four columns "
+            "are medians of the rounds' ratios. "
             '"torch by hand" is the same step written without autograd, with every view and buffer '
             "made once."
         ),
