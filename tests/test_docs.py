@@ -9,6 +9,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import bench_cpu
+import bench_head
+import bench_loss
+import bench_optim
+import bench_sweep
 import pytest
 from harness import page, readme, results, tables
 from test_readme import SNIPPET
@@ -73,6 +78,24 @@ def test_snippets_of_a_page_run_in_order(page):
     for snippet in SNIPPET.finditer(text):
         before = text.count("\n", 0, snippet.start(1))
         exec(compile("\n" * before + snippet[1], page, "exec"), namespace)
+
+
+def test_tests_that_a_page_names_are_there():
+    pages = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), ROOT / "csrc/README.md"]
+    named = {name for page in pages for name in re.findall(r"`(test_\w+)`", page.read_text())}
+    tests = "".join(path.read_text() for path in (ROOT / "tests").glob("*.py"))
+    assert named
+    assert named <= set(re.findall(r"def (test_\w+)", tests))
+
+
+def test_budgets_of_the_benchmarks_are_those_of_their_page():
+    benchmarks = [
+        m.BENCHMARK for m in (bench_cpu, bench_loss, bench_head, bench_optim, bench_sweep)
+    ]
+    budgets = [b.full.budget_seconds for b in benchmarks]
+    budgets.append(bench_cpu.BENCHMARK.cold.budget_seconds)
+    text = (BENCHMARKS / "README.md").read_text()
+    assert f"each benchmark has a budget of seconds, {sum(budgets):.0f} in all\n" in text
 
 
 def committed_results() -> list[dict]:
