@@ -27,7 +27,7 @@ CASES += tuple(
     Case(*sizes, (f"loss >= {limit}x eager",), dtype="bfloat16")
     for sizes, limit in (((4096, 1024, 1), 2), ((1024, 1024, 256), 1.5))
 )
-# Behind a body that is trained: dx is written, too, which is half of the bytes where x is read once.
+# Behind a body that is trained: dx is written, too, half of the bytes where x is read once.
 CASES += tuple(
     Case(*sizes, ("loss >= 1x eager", "loss >= 1x compiled"), input_grad=True)
     for sizes in ((64, 32, 1), (4096, 1024, 1), (8192, 1024, 16), (1024, 1024, 1024))

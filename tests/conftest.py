@@ -36,6 +36,7 @@ if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--device", default="cpu", help="device under test: cpu (default) or cuda")
+    parser.addoption("--every", type=int, default=1, help="run only every so many-th test")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -51,6 +52,10 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    every = config.getoption("--every")
+    if every > 1:
+        config.hook.pytest_deselected(items=[t for k, t in enumerate(items) if k % every])
+        items[:] = items[::every]
     if device.DEVICE.type == "cpu":
         return
     for item in items:

@@ -27,6 +27,8 @@ import fused_step
 ONE_PASS = ("one-pass",) if DEVICE.type == "cpu" else ("tiny", "one-pass")
 GEMM = ("gemm",)
 FUSED_PLANS = (*ONE_PASS, *GEMM)
+# Of 5 to 8 outputs: CUDA's one-pass ends before, and beyond one block the GEMMs follow.
+FEW_OUTPUTS = ONE_PASS if DEVICE.type == "cpu" else FUSED_PLANS
 # Those that go through the five lines, with some of them fused or none.
 LOOP_PLANS = ("head", "optimizer", "plain")
 ANY_PLAN = (*FUSED_PLANS, *LOOP_PLANS)

@@ -20,6 +20,7 @@ import torch
 from hypothesis import given, settings
 from oracle import (
     DTYPES,
+    FEW_OUTPUTS,
     GEMM,
     ONE_PASS,
     OPTION_SETS,
@@ -38,7 +39,7 @@ import fused_step
 
 MOMENTUM = {"momentum": 0.9, "dampening": 0.3, "weight_decay": 0.01}
 SHAPES = {"one output": (101, 13, 1), "few outputs": (90, 21, 6), "many outputs": (111, 19, 131)}
-PLANS = {"one output": ONE_PASS, "few outputs": ONE_PASS, "many outputs": GEMM}
+PLANS = {"one output": ONE_PASS, "few outputs": FEW_OUTPUTS, "many outputs": GEMM}
 each_shape = pytest.mark.parametrize("shape", SHAPES)
 
 

@@ -118,9 +118,7 @@ def test_two_models_in_two_threads_have_the_bits_of_one_after_the_other(first, s
 def test_two_threads_may_share_a_step():
     """What they compute is a race as it is in the plain loop; the process goes on."""
     model = nn.Linear(512, 64)
-    step = fused_step.TrainStep(
-        model, nn.MSELoss(), torch.optim.SGD(model.parameters(), lr=1e-4)
-    )
+    step = fused_step.TrainStep(model, nn.MSELoss(), torch.optim.SGD(model.parameters(), lr=1e-4))
     torch.set_num_threads(1)
     failures = []
 

@@ -223,9 +223,7 @@ def test_options_of_our_own_on_torchs_optimizer_mean_nothing(model_of):
 
 def test_momentum_dtype_loaded_into_torchs_optimizer_means_nothing():
     layer = nn.Linear(5, 3).bfloat16()
-    ours = fused_step.SGD(
-        layer.parameters(), lr=0.1, momentum=0.9, momentum_dtype=torch.float32
-    )
+    ours = fused_step.SGD(layer.parameters(), lr=0.1, momentum=0.9, momentum_dtype=torch.float32)
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.1, momentum=0.9)
     optimizer.load_state_dict(ours.state_dict())
     loss = functools.partial(nn.functional.l1_loss)
@@ -247,9 +245,7 @@ def complex_parameters():
 @pytest.mark.parametrize("make", [sparse_gradients, complex_parameters])
 def test_plan_is_plain_where_torchs_own_step_has_run(make):
     model, loss_function = make()
-    step = fused_step.TrainStep(
-        model, loss_function, torch.optim.SGD(model.parameters(), lr=0.1)
-    )
+    step = fused_step.TrainStep(model, loss_function, torch.optim.SGD(model.parameters(), lr=0.1))
     x = torch.arange(5) if make is sparse_gradients else torch.randn(5, 4, dtype=torch.complex64)
     step(x, torch.randn(5, 3))
     assert step.plan == "plain"

@@ -61,6 +61,8 @@ def judge(case: Any, entries: Mapping[str, Any]) -> dict | None:
     """Where the case says so, `step` does with what `eager` takes less the weight's gradient."""
     if not case.peak_memory:
         return None
+    if "eager" not in entries:
+        return {"error": "eager, which sets the limit, was not measured"}
     eager, step = entries["eager"].memory, entries["step"].memory
     for measured in (eager, step):
         if measured is None or "error" in measured:
