@@ -74,7 +74,9 @@ class LinearMSELoss(nn.Module):
             As :func:`fused_step.linear_mse_loss` does.
         """
         linear = self.linear
-        if _is_called_as_it_is(linear):
+        # A tracer, whose inputs are no tensors, replaces functions itself; a compiler reads through.
+        is_traced = not isinstance(input, Tensor) or torch.compiler.is_compiling()
+        if _is_called_as_it_is(linear) and (is_traced or _functions_are_torchs()):
             return linear_mse_loss(
                 input,
                 linear.weight,
@@ -110,13 +112,11 @@ class LinearMSELoss(nn.Module):
 
 
 def _is_called_as_it_is(linear: nn.Module) -> bool:
-    """Whether calling `linear` is F.linear with its weight and bias, and nothing more, and that and
-    F.mse_loss are PyTorch's."""
+    """Whether calling `linear` is F.linear with its weight and bias, and nothing more."""
     return (
         type(linear) is nn.Linear
         and "forward" not in linear.__dict__
         and "_call_impl" not in linear.__dict__
-        and (torch.compiler.is_compiling() or _functions_are_torchs())
         and not (
             linear._forward_hooks
             or linear._forward_pre_hooks
@@ -128,6 +128,7 @@ def _is_called_as_it_is(linear: nn.Module) -> bool:
 
 
 def _functions_are_torchs() -> bool:
+    """Whether nobody has replaced what runs when a layer is called, or its loss computed."""
     return (
         nn.Linear.forward is _FORWARD
         and nn.Module.__call__ is _CALL
