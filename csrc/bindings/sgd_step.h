@@ -68,6 +68,11 @@ class SgdStep {
     LookedAt(const at::Tensor& param, const at::Tensor& grad);
     void prefetch() const;
   };
+  // Gradients that lie elsewhere than at the last step: whether any does, and the place of the last.
+  struct Moved {
+    bool any = false;
+    size_t place = 0;
+  };
   // A parameter with a gradient that this step updates; its slice is the item of the same index.
   // Not held: a reference more and one less take the GIL, 0.02 us for each tensor.
   struct Work {
@@ -109,7 +114,7 @@ class SgdStep {
   bool add_work(Slot& slot, const at::Tensor& param, const at::Tensor& grad, bool writes_grads,
                 const Scaling& scaling);
   bool add_all(bool writes_grads, const Scaling& scaling);
-  bool is_as_before(const Slot& slot, bool writes_grads, bool& grad_moved);
+  bool is_as_before(Slot& slot, bool writes_grads, Moved& moved);
   bool all_are_as_before(bool writes_grads);
   void survey_items();
   bool is_for_cuda(const Slot& slot, c10::Device device, const Scaling& scaling) const;
