@@ -72,7 +72,7 @@ BENCHMARK = driver.Benchmark(
     contestants=contestants,
     subject="ours",
     again="ours_again",
-    full=Protocol(case_seconds=12.0, budget_seconds=95.0),
+    full=Protocol(case_seconds=12.0, budget_seconds=90.0),
 )
 
 if __name__ == "__main__":
