@@ -39,7 +39,7 @@ BENCHMARK = driver.Benchmark(
     subject="step",
     again="step_again",
     with_memory=False,
-    full=Protocol(rounds=12, case_seconds=6.0, budget_seconds=140.0),
+    full=Protocol(rounds=12, case_seconds=6.0, budget_seconds=130.0),
 )
 
 if __name__ == "__main__":

@@ -115,7 +115,7 @@ class _Run:
 
     def _start(self, kind: str) -> dict:
         now = datetime.datetime.now(datetime.UTC)
-        busy, load = machine.busy_cpus(), machine.load_average()
+        busy, load = machine.busy_cpus(results.MOST_BUSY_CPUS), machine.load_average()
         return {
             "schema": results.SCHEMA_VERSION,
             "kind": kind,

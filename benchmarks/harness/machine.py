@@ -67,16 +67,22 @@ def machine() -> dict:
     }
 
 
-def busy_cpus(seconds: float = 0.5) -> float | None:
+def busy_cpus(calm: float = 0.0, seconds: float = 0.5, tries: int = 10) -> float | None:
     """How many CPUs were busy on average over the next `seconds`; None without psutil.
 
-    The load average of a minute would count the benchmark that ran before.
+    Measured again, up to `tries` times, while it is above `calm`: what ran before may have to end.
+    The load average of a minute would count it all the same.
     """
     try:
         import psutil
     except ImportError:
         return None
-    return round(psutil.cpu_percent(interval=seconds) / 100.0 * (os.cpu_count() or 1), 2)
+    cpus = os.cpu_count() or 1
+    for _ in range(tries):
+        busy = round(psutil.cpu_percent(interval=seconds) / 100.0 * cpus, 2)
+        if busy <= calm:
+            break
+    return busy
 
 
 def load_average() -> list[float]:
