@@ -23,23 +23,18 @@ namespace {
 
 // What the engines read: an ordinary tensor with all of its memory, where the weight is.
 bool check_operand(const char* name, PyObject* object, const at::Tensor& weight, Verdict& v) {
-  const auto against = [&](bool holds, const char* what) {
-    return holds && v.against(std::string(name) + what);
-  };
   if (!is_exact_tensor(object)) {
-    v.against(std::string(name) + " is not a torch.Tensor or nn.Parameter itself");
-    return false;
+    return v.reject(std::string(name) + " is not a torch.Tensor or nn.Parameter itself");
   }
   const at::Tensor& t = tensor_of(object);
   if (!has_plain_keys(t) || t.device() != weight.device()) {
-    v.against(std::string(name) + " is not an ordinary tensor on the weight's device");
+    return v.reject(std::string(name) + " is not an ordinary tensor on the weight's device");
+  }
+  if (v.against(t.scalar_type() != weight.scalar_type(), name, " is not of the weight's dtype")) {
     return false;
   }
-  if (against(t.scalar_type() != weight.scalar_type(), " is not of the weight's dtype")) {
-    return false;
-  }
-  if (against(t._fw_grad(0).defined(), " has a forward-mode derivative")) return false;
-  return !against(!has_its_storage(t), " has lost its storage");
+  if (v.against(t._fw_grad(0).defined(), name, " has a forward-mode derivative")) return false;
+  return !v.against(!has_its_storage(t), name, " has lost its storage");
 }
 
 bool has_output_shape(const at::Tensor& hidden, const at::Tensor& target,
@@ -60,10 +55,7 @@ bool HeadStep::read(Verdict& v) {
   if (!v.explains() && watch_.unchanged()) return true;
   watch_.clear();
   reading_ = {};
-  if (loss_function_.is_none()) {
-    v.against(true, "the model gives its loss itself");
-    return false;
-  }
+  if (loss_function_.is_none()) return v.reject("the model gives its loss itself");
   LinearModel& model = reading_.model;
   const bool has_layer = read_last_layer(model_.ptr(), v, watch_, model, reading_.body);
   const bool has_loss = (has_layer || v.explains()) &&

@@ -14,22 +14,15 @@ namespace py = pybind11;
 
 namespace {
 
-py::object dict_of(PyObject* object) {
-  return py::reinterpret_steal<py::object>(PyObject_GenericGetDict(object, nullptr));
-}
-
 // A module whose type was checked: is a call of it nothing but its class' forward?
 bool check_module(PyObject* module, PyObject* dict, const ModuleClass& module_class,
                   const char* name, Verdict& v, Watch& watch) {
   const Names& n = python_objects().names;
   watch.root(module, dict);
-  const auto against = [&](bool holds, const char* what) {
-    return holds && v.against(std::string(name) + what);
-  };
-  if (against(!module_class.is_as_imported(n), ": its class has been changed")) return false;
-  if (against(get_item(dict, n.forward) != nullptr, " has a forward of its own")) return false;
+  if (v.against(!module_class.is_as_imported(n), name, ": its class has been changed")) return false;
+  if (v.against(get_item(dict, n.forward) != nullptr, name, " has a forward of its own")) return false;
   PyObject* const compiled = get_item(dict, n.compiled_call_impl);
-  if (against(compiled != nullptr && compiled != Py_None, " is compiled")) return false;
+  if (v.against(compiled != nullptr && compiled != Py_None, name, " is compiled")) return false;
   bool has_hooks = false;
   for (PyObject* key :
        {n.forward_hooks, n.forward_pre_hooks, n.backward_hooks, n.backward_pre_hooks}) {
@@ -37,7 +30,7 @@ bool check_module(PyObject* module, PyObject* dict, const ModuleClass& module_cl
     watch.dict(hooks);
     has_hooks |= !is_empty_dict(hooks);
   }
-  return !against(has_hooks, " has hooks");
+  return !v.against(has_hooks, name, " has hooks");
 }
 
 bool check_functional(Verdict& v, Watch& watch) {
@@ -69,10 +62,7 @@ bool read_layer(PyObject* linear, Verdict& v, Watch& watch, LinearModel& reading
   const bool hidden =
       get_item(dict.ptr(), n.weight) != nullptr || get_item(dict.ptr(), n.bias) != nullptr;
   if (weight == nullptr || bias == nullptr || hidden || !is_tensor(weight) ||
-      (bias != Py_None && !is_tensor(bias))) {
-    v.against(true, "the layer's weight and bias are not Parameters of its own");
-    return false;
-  }
+      (bias != Py_None && !is_tensor(bias))) return v.reject("the layer's weight and bias are not Parameters of its own");
   reading.linear = linear;
   reading.weight = weight;
   if (bias != Py_None) reading.bias = bias;
@@ -102,21 +92,18 @@ bool read_only_layer(PyObject* model, PyObject* loss, Verdict& v, Watch& watch,
     const bool is_asked_for = !gives_loss || (has_one && get_item(modules, n.linear) == only &&
                                               get_item(dict.ptr(), n.linear) == nullptr);
     if (!has_one || !is_asked_for) {
-      v.against(true, gives_loss
+      return v.reject(gives_loss
                           ? "the model's only module is not its nn.Linear"
                           : "the model is a Sequential of something else than one nn.Linear");
-      return false;
     }
     linear = only;
   } else if (gives_loss) {
-    v.against(std::string("the model is ") + Py_TYPE(linear)->tp_name +
+    return v.reject(std::string("the model is ") + Py_TYPE(linear)->tp_name +
               ", not LinearMSELoss itself");
-    return false;
   }
   if (Py_TYPE(linear) != o.linear.type) {
-    v.against(std::string("the model is ") + Py_TYPE(linear)->tp_name +
+    return v.reject(std::string("the model is ") + Py_TYPE(linear)->tp_name +
               ", not nn.Linear itself (or a Sequential of just one)");
-    return false;
   }
   return read_layer(linear, v, watch, reading);
 }
@@ -130,25 +117,20 @@ bool read_last_layer(PyObject* model, Verdict& v, Watch& watch, LinearModel& rea
   PyObject* last = model;
   for (int depth = 0; Py_TYPE(last) == o.sequential.type; ++depth) {
     if (depth == kMaxSequentials) {  // one may end in itself
-      v.against(true, "too many Sequentials are nested");
-      return false;
+      return v.reject("too many Sequentials are nested");
     }
     const py::object dict = dict_of(last);
     if (!check_module(last, dict.ptr(), o.sequential, "a Sequential", v, watch)) return false;
     PyObject* const modules = modules_of(dict.ptr(), watch);
-    if (modules == nullptr || PyDict_GET_SIZE(modules) == 0) {
-      v.against(true, "a Sequential is empty");
-      return false;
-    }
+    if (modules == nullptr || PyDict_GET_SIZE(modules) == 0) return v.reject("a Sequential is empty");
     Py_ssize_t position = 0, left = PyDict_GET_SIZE(modules);
     while (PyDict_Next(modules, &position, nullptr, &last) != 0) {
       if (--left > 0) body.push_back(last);
     }
   }
   if (Py_TYPE(last) != o.linear.type) {
-    v.against(std::string("the model does not end in nn.Linear itself but in ") +
+    return v.reject(std::string("the model does not end in nn.Linear itself but in ") +
               Py_TYPE(last)->tp_name + " (a Sequential's last module is looked at, no other's)");
-    return false;
   }
   return read_layer(last, v, watch, reading);
 }
@@ -174,15 +156,11 @@ bool read_loss(PyObject* loss, PyObject* model, Verdict& v, Watch& watch, Linear
     owner = py::getattr(partial, "keywords");
     PyObject* const given = get_item(owner.ptr(), n.reduction);
     if (function.ptr() != o.mse_loss_function || PyTuple_GET_SIZE(args.ptr()) != 0 ||
-        PyDict_GET_SIZE(owner.ptr()) != (given != nullptr ? 1 : 0)) {
-      v.against(true, "the loss is a partial of something else than F.mse_loss with a reduction");
-      return false;
-    }
+        PyDict_GET_SIZE(owner.ptr()) != (given != nullptr ? 1 : 0)) return v.reject("the loss is a partial of something else than F.mse_loss with a reduction");
     if (given != nullptr) reduction = given;
   } else if (loss != o.mse_loss_function) {
-    v.against(std::string("the loss is ") + Py_TYPE(loss)->tp_name +
+    return v.reject(std::string("the loss is ") + Py_TYPE(loss)->tp_name +
               ", not nn.MSELoss itself or F.mse_loss");
-    return false;
   }
   const auto is = [&](PyObject* name) {
     return reduction == name || (reduction != nullptr && PyUnicode_CheckExact(reduction) &&
@@ -192,10 +170,7 @@ bool read_loss(PyObject* loss, PyObject* model, Verdict& v, Watch& watch, Linear
     reading.reduction = Reduction::kMean;
   } else if (is(n.sum)) {
     reading.reduction = Reduction::kSum;
-  } else {
-    v.against(true, "the loss' reduction is neither 'mean' nor 'sum'");
-    return false;
-  }
+  } else return v.reject("the loss' reduction is neither 'mean' nor 'sum'");
   return true;
 }
 

@@ -2,13 +2,12 @@
 // Loss and gradients of a linear layer on the CPU, by the passes of the whole step.
 #include "bindings/linear_mse.h"
 
-#include <ATen/ops/_unsafe_view.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/mm.h>
-#include <ATen/ops/square.h>
 
 #include <vector>
 
+#include "bindings/linear_mse_batch.h"
 #include "bindings/linear_mse_bfloat16.h"
 #include "bindings/linear_mse_passes.h"
 #include "bindings/linear_mse_widened.h"
@@ -19,29 +18,9 @@
 namespace fused_step {
 namespace {
 
-// Rows, and the results that rows are turned into; undefined what is not needed.
-struct Batch {
-  at::Tensor x;       // [B, I]
-  at::Tensor weight;  // [O, I] contiguous
-  at::Tensor bias;    // [O] contiguous
-  at::Tensor target;  // [B, O]
-  at::Tensor loss;    // []
-  // Contiguous; dtypes as LinearMseResult has them.
-  at::Tensor dx;       // [B, I]
-  at::Tensor dweight;  // [O, I]
-  at::Tensor dbias;    // [O]
-  at::Tensor dy;       // [B, O]
-  Reduction reduction = Reduction::kMean;
-  double dy_scale = 1.0;  // infinite for an empty batch, of which there is nothing to multiply
-
-  int64_t B() const { return x.size(0); }
-  int64_t I() const { return weight.size(1); }
-  int64_t O() const { return weight.size(0); }
-};
-
 // Loss and db, from the partial sums of all chunks. P is what parameters are stored in.
 template <typename P>
-void finish_sums(const Batch& b, const double* dbias, const double* loss, int64_t chunks) {
+void finish_sums(const LinearMseBatch& b, const double* dbias, const double* loss, int64_t chunks) {
   using T = Accum<P>;
   const int64_t stride = sums_stride(b.O());
   *written<P>(b.loss) = narrow<P>(
@@ -54,7 +33,7 @@ void finish_sums(const Batch& b, const double* dbias, const double* loss, int64_
 }
 
 template <typename T>
-void sum_dweight(const Batch& b, const T* partial, int64_t chunks) {
+void sum_dweight(const LinearMseBatch& b, const T* partial, int64_t chunks) {
   if (!b.dweight.defined()) return;
   const int64_t I = b.I(), O = b.O();
   const cpu::OnePassGrad<T> grad{partial, chunks, dweight_stride(O, I), written<T>(b.dweight), I};
@@ -64,7 +43,7 @@ void sum_dweight(const Batch& b, const T* partial, int64_t chunks) {
 }
 
 template <typename T>
-void one_pass(const Batch& b) {
+void one_pass(const LinearMseBatch& b) {
   const int64_t I = b.I(), O = b.O();
   const RowChunks cut = cut_rows(b.B(), cpu::one_pass_chunks({b.B(), I, O}));
   Workspace workspace;
@@ -79,7 +58,7 @@ void one_pass(const Batch& b) {
 
 // dL/dy is made in the memory of y, which is given back when nobody asked for it.
 template <typename T>
-void gemm(Batch& b) {
+void gemm(LinearMseBatch& b) {
   const int64_t B = b.B(), O = b.O();
   const RowChunks cut = cut_rows(B, cpu::residual_chunks(B, O));
   Workspace workspace;
@@ -95,7 +74,7 @@ void gemm(Batch& b) {
 }
 
 template <typename X, typename P>
-WidenedBatch<X, P> widened(const Batch& b) {
+WidenedBatch<X, P> widened(const LinearMseBatch& b) {
   return {read<X>(b.x),
           b.x.stride(0),
           read<P>(b.target),
@@ -109,7 +88,7 @@ WidenedBatch<X, P> widened(const Batch& b) {
 }
 
 template <typename X, typename P>
-void one_pass_widened(const Batch& b) {
+void one_pass_widened(const LinearMseBatch& b) {
   Workspace workspace;
   const WidenedSums sums = widened_one_pass(widened<X, P>(b), b.dweight.defined(), workspace);
   sum_dweight(b, sums.partial.dweight, sums.cut.count);
@@ -117,7 +96,7 @@ void one_pass_widened(const Batch& b) {
 }
 
 template <typename X, typename P>
-void gemm_widened(const Batch& b) {
+void gemm_widened(const LinearMseBatch& b) {
   Workspace workspace;
   std::vector<double> sums(static_cast<size_t>(sums_stride(b.O())));
   double *const dbias = sums.data(), *const loss = dbias + b.O();
@@ -126,7 +105,7 @@ void gemm_widened(const Batch& b) {
 }
 
 template <typename X, typename P>
-void compute(Batch& b) {
+void compute(LinearMseBatch& b) {
   const cpu::Plan plan = choose_cpu_plan({b.B(), b.I(), b.O()}, b.weight.scalar_type());
   // One-pass has each dL/dy in registers only.
   const bool one_pass_fits = plan == cpu::Plan::kOnePass && !b.dy.defined();
@@ -140,44 +119,15 @@ void compute(Batch& b) {
 }  // namespace
 
 LinearMseResult linear_mse_cpu(const at::Tensor& input, const at::Tensor& weight,
-                         const std::optional<at::Tensor>& bias, const at::Tensor& target,
-                         std::string_view reduction, bool need_dinput, bool need_dweight,
-                         bool need_dbias, bool need_dy) {
-  check_reduction(reduction);
-  check_linear_mse(input, weight, bias, target);
-  check_linear_mse_memory(input, weight, bias, target);
-  const BelowDispatcher below;
-  const int64_t O = weight.size(0), I = weight.size(1);
-  const bool none = reduction == "none";
-  const at::TensorOptions options = weight.options(),
-                          of_x = options.dtype(unscaled_dtype(input.scalar_type())),
-                          of_dy = options.dtype(unscaled_dtype(target.scalar_type()));
-  const at::TensorOptions of_sums = options.dtype(accum_dtype(weight.scalar_type()));
-  Batch b;
-  b.x = as_rows(input, I);
-  b.weight = weight.contiguous();
-  if (bias.has_value()) b.bias = bias->contiguous();
-  b.target = as_rows(target, O);
-  b.reduction = reduction == "mean" ? Reduction::kMean : Reduction::kSum;
-  b.dy_scale = mse_dy_scale(b.reduction, b.B(), b.O());
-  b.loss = at::empty({}, options);
-  if (need_dinput && !none) b.dx = at::empty({b.B(), I}, of_x);
-  if (need_dweight && !none) b.dweight = at::empty({O, I}, of_sums);
-  if (need_dbias && !none) b.dbias = at::empty({O}, of_sums);
-  if (need_dy || none) b.dy = at::empty({b.B(), O}, of_dy);
-  with_pair(input.scalar_type(), weight.scalar_type(),
-            [&](auto x, auto param) { compute<decltype(x), decltype(param)>(b); });
-
-  const auto result = [](const at::Tensor& t, at::IntArrayRef sizes,
-                         const at::TensorOptions& like) {
-    return t.defined() ? at::_unsafe_view(t, sizes) : at::empty({0}, like);
-  };
-  const at::Tensor loss =
-      none ? at::_unsafe_view(b.dy.mul(0.5).square_().to(weight.scalar_type()), target.sizes())
-           : b.loss;
-  if (!need_dy) b.dy = at::Tensor();
-  return {loss, result(b.dx, input.sizes(), of_x), result(b.dweight, weight.sizes(), of_sums),
-          result(b.dbias, {O}, of_sums), result(b.dy, target.sizes(), of_dy)};
+                               const std::optional<at::Tensor>& bias, const at::Tensor& target,
+                               std::string_view reduction, bool need_dinput, bool need_dweight,
+                               bool need_dbias, bool need_dy) {
+  return evaluate_linear_mse(
+      input, weight, bias, target, reduction, need_dinput, need_dweight, need_dbias, need_dy,
+      [](LinearMseBatch& b) {
+        with_pair(b.x.scalar_type(), b.weight.scalar_type(),
+                  [&](auto x, auto param) { compute<decltype(x), decltype(param)>(b); });
+      });
 }
 
 }  // namespace fused_step

@@ -28,6 +28,13 @@ struct LinearSgdState {
   // On CUDA, instead of the options' lr and read by the kernels alone: [] float32, or undefined.
   at::Tensor weight_lr{};
   at::Tensor bias_lr{};
+
+  // Everything that a step changes has been changed in place.
+  void bump_versions() const {
+    for (const at::Tensor* t : {&weight, &bias, &weight_buf, &bias_buf}) {
+      if (t->defined()) t->unsafeGetTensorImpl()->bump_version();
+    }
+  }
 };
 
 // The plan for a batch of B rows.

@@ -183,12 +183,6 @@ Accum<P> step(const LinearSgdState& state, const at::Tensor& x, const at::Tensor
   }
 }
 
-void bump_versions(const LinearSgdState& state) {
-  for (const at::Tensor* t : {&state.weight, &state.bias, &state.weight_buf, &state.bias_buf}) {
-    if (t->defined()) t->unsafeGetTensorImpl()->bump_version();
-  }
-}
-
 // Rows `index` of `from` [n, row_bytes], one after the other.
 void gather_rows(const char* from, int64_t from_stride, const int64_t* index, int64_t rows,
                  int64_t row_bytes, char* to) {
@@ -300,7 +294,7 @@ class Runner {
   void after(int64_t steps) {
     watch_.steps += steps;
     state_.weight_options.first_step = state_.bias_options.first_step = false;
-    bump_versions(state_);
+    state_.bump_versions();
   }
 
   LinearSgdState& state_;
@@ -334,7 +328,7 @@ at::Tensor linear_mse_sgd_cpu(const LinearSgdState& state, const at::Tensor& inp
     using P = decltype(of_param);
     *written<P>(loss) = narrow<P>(step<X, P>(state, x, t, workspace));
   });
-  bump_versions(state);
+  state.bump_versions();
   return loss;
 }
 

@@ -211,12 +211,6 @@ void step(const LinearSgdState& state, const RowTensors& batch, const at::Tensor
   }
 }
 
-void bump_versions(const LinearSgdState& state) {
-  for (const at::Tensor* t : {&state.weight, &state.bias, &state.weight_buf, &state.bias_buf}) {
-    if (t->defined()) t->unsafeGetTensorImpl()->bump_version();
-  }
-}
-
 // Ctrl-C is heard between slices, and what is in the queue runs all the same: so a run lets no more
 // than a few slices wait there. Shorter runs wait for nothing.
 class Throttle {
@@ -343,7 +337,7 @@ class Runner {
     watch_.steps += steps;
     since_poll_ += steps;
     state_.weight_options.first_step = state_.bias_options.first_step = false;
-    bump_versions(state_);
+    state_.bump_versions();
     if (since_poll_ < slice_) return;
     since_poll_ = 0;
     throttle_.after_slice();
@@ -407,7 +401,7 @@ at::Tensor linear_mse_sgd_cuda(const LinearSgdState& state, const at::Tensor& in
                          as_rows(target, state.weight.size(0))};
   const at::Tensor loss = at::empty({}, state.weight.options());
   step(state, batch, loss, is_capturing(stream) ? fresh : scratch, stream);
-  bump_versions(state);
+  state.bump_versions();
   return loss;
 }
 

@@ -50,23 +50,20 @@ std::optional<c10::Device> current_device(c10::Device device) {
 // What is written: a leaf of the model.
 bool check_param(const char* name, PyObject* object, const at::Tensor& weight, Verdict& v) {
   const at::ScalarType dtype = weight.scalar_type();
-  const auto against = [&](bool holds, const char* what) {
-    return holds && v.against(std::string(name) + what);
-  };
-  if (against(Py_TYPE(object) != python_objects().parameter, " is not an nn.Parameter itself")) {
+  if (v.against(Py_TYPE(object) != python_objects().parameter, name, " is not an nn.Parameter itself")) {
     return false;
   }
   const at::Tensor& t = tensor_of(object);
-  if (against(!is_plain(t, weight.device()), kNotPlain)) return false;
-  if (against(t.scalar_type() != dtype || !is_fused_dtype(dtype),
-              " is not float32, float64, bfloat16 or float16, or not of the weight's dtype")) {
+  if (v.against(!is_plain(t, weight.device()), name, kNotPlain)) return false;
+  if (v.against(t.scalar_type() != dtype || !is_fused_dtype(dtype),
+              name, " is not float32, float64, bfloat16 or float16, or not of the weight's dtype")) {
     return false;
   }
-  if (against(!t.is_contiguous(), " is not contiguous")) return false;
-  if (against(!has_its_storage(t), " has lost its storage")) return false;
-  if (against(!t.requires_grad() || !t.is_leaf(), " is frozen, or no leaf")) return false;
-  if (against(t.grad().defined(), ".grad is not None: gradients accumulate")) return false;
-  return !against(changes_gradient(object), " has gradient hooks or a grad_dtype");
+  if (v.against(!t.is_contiguous(), name, " is not contiguous")) return false;
+  if (v.against(!has_its_storage(t), name, " has lost its storage")) return false;
+  if (v.against(!t.requires_grad() || !t.is_leaf(), name, " is frozen, or no leaf")) return false;
+  if (v.against(t.grad().defined(), name, ".grad is not None: gradients accumulate")) return false;
+  return !v.against(changes_gradient(object), name, " has gradient hooks or a grad_dtype");
 }
 
 // The momentum buffer of a parameter, if it has one yet.
@@ -106,17 +103,14 @@ bool check_autocast(at::ScalarType dtype, Verdict& v) {
 // What is read. Under autocast, with float32 parameters, it may also be 16 bit.
 bool check_data(const char* name, const at::Tensor& t, const at::Tensor& weight, bool autocast,
                 Verdict& v) {
-  const auto against = [&](bool holds, const char* what) {
-    return holds && v.against(std::string(name) + what);
-  };
-  if (against(!is_plain(t, weight.device()), kNotPlain)) return false;
+  if (v.against(!is_plain(t, weight.device()), name, kNotPlain)) return false;
   const at::ScalarType given = t.scalar_type(), dtype = weight.scalar_type();
-  if (against(given != dtype && !(autocast && is_fused_pair(given, dtype)),
-              " is not of the weight's dtype")) {
+  if (v.against(given != dtype && !(autocast && is_fused_pair(given, dtype)),
+              name, " is not of the weight's dtype")) {
     return false;
   }
-  if (against(t.requires_grad() || t._fw_grad(0).defined(), " needs a gradient")) return false;
-  return !against(!has_its_storage(t), " has lost its storage");
+  if (v.against(t.requires_grad() || t._fw_grad(0).defined(), name, " needs a gradient")) return false;
+  return !v.against(!has_its_storage(t), name, " has lost its storage");
 }
 
 // Nothing that is read overlaps what is written, and no two that are written overlap.
@@ -211,8 +205,7 @@ bool LinearStep::check_params(Verdict& v, Call& call) {
 
 bool LinearStep::check_batch(PyObject* input, PyObject* target, Verdict& v, Call& call) {
   if (!is_exact_tensor(input) || !is_exact_tensor(target)) {
-    v.against(true, "input or target is not a torch.Tensor itself");
-    return false;
+    return v.reject("input or target is not a torch.Tensor itself");
   }
   call.input = tensor_of(input);
   call.target = tensor_of(target);
@@ -379,14 +372,10 @@ PyMethodDef step_method = fast_method<call_step>("step", "step(input, target) ->
 }  // namespace
 
 py::object step_function(LinearStep& step, const py::object& self) {
-  // The capsule, and with it the function, keeps `self` alive.
-  const py::object capsule =
-      py::reinterpret_steal<py::object>(PyCapsule_New(&step, nullptr, [](PyObject* c) {
-        Py_XDECREF(static_cast<PyObject*>(PyCapsule_GetContext(c)));
-      }));
-  if (!capsule) throw py::error_already_set();
-  PyCapsule_SetContext(capsule.ptr(), self.inc_ref().ptr());
-  return py::reinterpret_steal<py::object>(PyCFunction_New(&step_method, capsule.ptr()));
+  const py::object function =
+      py::reinterpret_steal<py::object>(function_of(step_method, &step, self.ptr()));
+  if (!function) throw py::error_already_set();
+  return function;
 }
 
 }  // namespace fused_step

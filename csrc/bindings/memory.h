@@ -49,4 +49,10 @@ inline bool has_its_storage(const at::Tensor& t) {
   return t.has_storage() && t.storage().nbytes() >= bytes;
 }
 
+// Whether kernels may read one number from `t`.
+inline bool is_device_scalar(const at::Tensor& t) {
+  return t.is_cuda() && has_plain_keys(t) && t.numel() == 1 && !t.requires_grad() &&
+         has_its_storage(t);
+}
+
 }  // namespace fused_step

@@ -66,4 +66,16 @@ PyObject* call_guarded(FastCall body, PyObject* self, PyObject* const* args, Py_
   END_HANDLE_TH_ERRORS
 }
 
+PyObject* function_of(PyMethodDef& method, void* object, PyObject* owner) {
+  PyObject* const capsule = PyCapsule_New(object, nullptr, [](PyObject* c) {
+    Py_XDECREF(static_cast<PyObject*>(PyCapsule_GetContext(c)));
+  });
+  if (capsule == nullptr) return nullptr;
+  Py_INCREF(owner);
+  PyCapsule_SetContext(capsule, owner);
+  PyObject* const function = PyCFunction_New(&method, capsule);
+  Py_DECREF(capsule);  // the function's now
+  return function;
+}
+
 }  // namespace fused_step

@@ -4,6 +4,7 @@
 #pragma once
 
 #include <Python.h>
+#include <pybind11/pytypes.h>
 
 namespace fused_step {
 
@@ -60,6 +61,11 @@ inline PyObject* get_item(PyObject* dict, PyObject* key) {
   PyObject* const value = PyDict_GetItemWithError(dict, key);
   if (value == nullptr && PyErr_Occurred() != nullptr) PyErr_Clear();
   return value;
+}
+
+// object.__dict__, of an object whose class does not replace it; null where it has none.
+inline pybind11::object dict_of(PyObject* object) {
+  return pybind11::reinterpret_steal<pybind11::object>(PyObject_GenericGetDict(object, nullptr));
 }
 
 // True for None, a missing entry and an empty dictionary.

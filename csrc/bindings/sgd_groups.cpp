@@ -157,12 +157,10 @@ bool SgdReader::read(PyObject* optimizer, Verdict& v, Watch& watch, SgdReading& 
   const Names& n = o.names;
   const bool is_fused = Py_TYPE(optimizer) == o.fused_sgd;
   if (Py_TYPE(optimizer) != o.sgd && !is_fused) {
-    v.against(std::string("the optimizer is ") + Py_TYPE(optimizer)->tp_name +
+    return v.reject(std::string("the optimizer is ") + Py_TYPE(optimizer)->tp_name +
               ", not torch.optim.SGD or fused_step.SGD itself");
-    return false;
   }
-  const py::object dict_owner =
-      py::reinterpret_steal<py::object>(PyObject_GenericGetDict(optimizer, nullptr));
+  const py::object dict_owner = dict_of(optimizer);
   PyObject* const dict = reading.dict = dict_owner.ptr();
   watch.root(optimizer, dict);
   if (!check_step(optimizer, dict, v, watch, reading)) return false;
@@ -173,8 +171,7 @@ bool SgdReader::read(PyObject* optimizer, Verdict& v, Watch& watch, SgdReading& 
 
   PyObject* const groups = get_item(dict, n.param_groups);
   if (groups == nullptr || !PyList_Check(groups)) {
-    v.against(true, "the optimizer has no list of param_groups");
-    return false;
+    return v.reject("the optimizer has no list of param_groups");
   }
   watch.list(groups);
   for (Py_ssize_t g = 0; g < PyList_GET_SIZE(groups); ++g) {
@@ -185,11 +182,9 @@ bool SgdReader::read(PyObject* optimizer, Verdict& v, Watch& watch, SgdReading& 
     PyObject* device_lr = nullptr;
     if (params == nullptr || !PyList_Check(params) ||
         !read_sgd_options(group, options, device_lr, reading.may_be_kept)) {
-      v.against(true,
-                "a param group has an option that is not fused (lr, momentum, dampening and "
+      return v.reject("a param group has an option that is not fused (lr, momentum, dampening and "
                 "weight_decay as numbers of at most 60000, lr also as a tensor of one element "
                 "without grad, differentiable=False)");
-      return false;
     }
     PyObject* const momentum_dtype = is_fused ? get_item(group, n.momentum_dtype) : nullptr;
     if (v.against(momentum_dtype != nullptr && momentum_dtype != Py_None && options.momentum != 0.0,
@@ -222,8 +217,7 @@ bool SgdReader::read(PyObject* optimizer, Verdict& v, Watch& watch, SgdReading& 
     PyObject* const state = get_item(dict, n.state);
     if (state == nullptr || !PyDict_Check(state) ||
         !read_buffer(state, p->object, n, watch, p->buf)) {
-      v.against(true, "the optimizer's momentum_buffer is not a plain tensor");
-      return false;
+      return v.reject("the optimizer's momentum_buffer is not a plain tensor");
     }
     p->options.first_step = p->buf == nullptr;
     if (p->options.first_step) reading.may_be_kept = false;  // the step itself makes the buffer

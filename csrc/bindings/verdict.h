@@ -19,6 +19,16 @@ class Verdict {
     if (__builtin_expect(!holds, 1)) return false;
     return against(std::string(reason));
   }
+  // The same of something with a name: `name` and `what` make the reason.
+  bool against(bool holds, const char* name, const char* what) {
+    if (__builtin_expect(!holds, 1)) return false;
+    return against(std::string(name) + what);
+  }
+  // Notes a reason beyond which there is nothing to look at; false.
+  bool reject(std::string reason) {
+    against(std::move(reason));
+    return false;
+  }
   bool against(std::string reason) {
     applies_ = false;
     if (reasons_ == nullptr) return true;

@@ -27,6 +27,7 @@ CPU_SOURCES = (
     "bindings/schema.cpp",
     "bindings/sgd_cpu.cpp",
     "bindings/sgd_groups.cpp",
+    "bindings/sgd_read.cpp",
     "bindings/sgd_step.cpp",
     "bindings/world.cpp",
     "cpu/dispatch.cpp",
