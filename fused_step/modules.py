@@ -74,7 +74,7 @@ class LinearMSELoss(nn.Module):
             As :func:`fused_step.linear_mse_loss` does.
         """
         linear = self.linear
-        # A tracer, whose inputs are no tensors, replaces functions itself; a compiler reads through.
+        # A tracer, whose inputs are no tensors, replaces functions; a compiler reads through them.
         is_traced = not isinstance(input, Tensor) or torch.compiler.is_compiling()
         if _is_called_as_it_is(linear) and (is_traced or _functions_are_torchs()):
             return linear_mse_loss(

@@ -173,7 +173,7 @@ def ratio_lines(result: dict) -> list[str]:
 
 
 _CPU_LIMIT = (
-    "Limit: B·O floats; for one-pass at least bytes(x)/8; for the loss its gradients on top."
+    "Limit: B·O floats; for one-pass at least bytes(x)/8; for the loss gradients and sums on top."
     " ATen: peak of torch's allocator in one step. Resident: growth of the process's resident peak"
     " over the first three steps (pages of code included, hence 1 MiB of slack)."
 )

@@ -51,16 +51,15 @@ at::Tensor sgd_cuda(const SgdCudaStep& step, SgdCudaMemory& memory) {
 }
 
 LinearMseResult linear_mse(const at::Tensor& input, const at::Tensor& weight,
-                                     const std::optional<at::Tensor>& bias,
-                                     const at::Tensor& target, std::string_view reduction,
-                                     bool need_dinput, bool need_dweight, bool need_dbias,
-                                     bool need_dy) {
+                           const std::optional<at::Tensor>& bias, const at::Tensor& target,
+                           std::string_view reduction, bool need_dinput, bool need_dweight,
+                           bool need_dbias, bool need_dy) {
   if (weight.is_cuda()) {
-    return linear_mse_cuda(input, weight, bias, target, reduction, need_dinput,
-                                     need_dweight, need_dbias, need_dy);
+    return linear_mse_cuda(input, weight, bias, target, reduction, need_dinput, need_dweight,
+                           need_dbias, need_dy);
   }
   return linear_mse_cpu(input, weight, bias, target, reduction, need_dinput, need_dweight,
-                                  need_dbias, need_dy);
+                        need_dbias, need_dy);
 }
 
 const char* plan_name(const LinearSgdState& state, const at::Tensor& input, int64_t B) {
@@ -101,12 +100,11 @@ at::Tensor sgd_cuda(const SgdCudaStep& /*step*/, SgdCudaMemory& /*memory*/) {
 }
 
 LinearMseResult linear_mse(const at::Tensor& input, const at::Tensor& weight,
-                                     const std::optional<at::Tensor>& bias,
-                                     const at::Tensor& target, std::string_view reduction,
-                                     bool need_dinput, bool need_dweight, bool need_dbias,
-                                     bool need_dy) {
+                           const std::optional<at::Tensor>& bias, const at::Tensor& target,
+                           std::string_view reduction, bool need_dinput, bool need_dweight,
+                           bool need_dbias, bool need_dy) {
   return linear_mse_cpu(input, weight, bias, target, reduction, need_dinput, need_dweight,
-                                  need_dbias, need_dy);
+                        need_dbias, need_dy);
 }
 
 const char* plan_name(const LinearSgdState& state, const at::Tensor& /*input*/, int64_t B) {

@@ -21,7 +21,7 @@ inline Extent range_of(const void* data, int64_t bytes) {
 // `place`, which it sets, then at `near`: gradients lie where they lay at the last step, or beside
 // each other, and then it is two comparisons.
 inline bool is_clear_of(const std::vector<Extent>& sorted, const Extent& extent, size_t& place,
-                 size_t near = 0) {
+                        size_t near = 0) {
   if (extent.begin == extent.end) return true;
   const auto fits = [&](size_t at) {
     return at <= sorted.size() && (at == 0 || sorted[at - 1].end <= extent.begin) &&

@@ -19,8 +19,10 @@ bool check_module(PyObject* module, PyObject* dict, const ModuleClass& module_cl
                   const char* name, Verdict& v, Watch& watch) {
   const Names& n = python_objects().names;
   watch.root(module, dict);
-  if (v.against(!module_class.is_as_imported(n), name, ": its class has been changed")) return false;
-  if (v.against(get_item(dict, n.forward) != nullptr, name, " has a forward of its own")) return false;
+  if (v.against(!module_class.is_as_imported(n), name, ": its class has been changed"))
+    return false;
+  if (v.against(get_item(dict, n.forward) != nullptr, name, " has a forward of its own"))
+    return false;
   PyObject* const compiled = get_item(dict, n.compiled_call_impl);
   if (v.against(compiled != nullptr && compiled != Py_None, name, " is compiled")) return false;
   bool has_hooks = false;
@@ -62,7 +64,8 @@ bool read_layer(PyObject* linear, Verdict& v, Watch& watch, LinearModel& reading
   const bool hidden =
       get_item(dict.ptr(), n.weight) != nullptr || get_item(dict.ptr(), n.bias) != nullptr;
   if (weight == nullptr || bias == nullptr || hidden || !is_tensor(weight) ||
-      (bias != Py_None && !is_tensor(bias))) return v.reject("the layer's weight and bias are not Parameters of its own");
+      (bias != Py_None && !is_tensor(bias)))
+    return v.reject("the layer's weight and bias are not Parameters of its own");
   reading.linear = linear;
   reading.weight = weight;
   if (bias != Py_None) reading.bias = bias;
@@ -99,11 +102,11 @@ bool read_only_layer(PyObject* model, PyObject* loss, Verdict& v, Watch& watch,
     linear = only;
   } else if (gives_loss) {
     return v.reject(std::string("the model is ") + Py_TYPE(linear)->tp_name +
-              ", not LinearMSELoss itself");
+                    ", not LinearMSELoss itself");
   }
   if (Py_TYPE(linear) != o.linear.type) {
     return v.reject(std::string("the model is ") + Py_TYPE(linear)->tp_name +
-              ", not nn.Linear itself (or a Sequential of just one)");
+                    ", not nn.Linear itself (or a Sequential of just one)");
   }
   return read_layer(linear, v, watch, reading);
 }
@@ -122,7 +125,8 @@ bool read_last_layer(PyObject* model, Verdict& v, Watch& watch, LinearModel& rea
     const py::object dict = dict_of(last);
     if (!check_module(last, dict.ptr(), o.sequential, "a Sequential", v, watch)) return false;
     PyObject* const modules = modules_of(dict.ptr(), watch);
-    if (modules == nullptr || PyDict_GET_SIZE(modules) == 0) return v.reject("a Sequential is empty");
+    if (modules == nullptr || PyDict_GET_SIZE(modules) == 0)
+      return v.reject("a Sequential is empty");
     Py_ssize_t position = 0, left = PyDict_GET_SIZE(modules);
     while (PyDict_Next(modules, &position, nullptr, &last) != 0) {
       if (--left > 0) body.push_back(last);
@@ -130,7 +134,8 @@ bool read_last_layer(PyObject* model, Verdict& v, Watch& watch, LinearModel& rea
   }
   if (Py_TYPE(last) != o.linear.type) {
     return v.reject(std::string("the model does not end in nn.Linear itself but in ") +
-              Py_TYPE(last)->tp_name + " (a Sequential's last module is looked at, no other's)");
+                    Py_TYPE(last)->tp_name +
+                    " (a Sequential's last module is looked at, no other's)");
   }
   return read_layer(last, v, watch, reading);
 }
@@ -156,11 +161,12 @@ bool read_loss(PyObject* loss, PyObject* model, Verdict& v, Watch& watch, Linear
     owner = py::getattr(partial, "keywords");
     PyObject* const given = get_item(owner.ptr(), n.reduction);
     if (function.ptr() != o.mse_loss_function || PyTuple_GET_SIZE(args.ptr()) != 0 ||
-        PyDict_GET_SIZE(owner.ptr()) != (given != nullptr ? 1 : 0)) return v.reject("the loss is a partial of something else than F.mse_loss with a reduction");
+        PyDict_GET_SIZE(owner.ptr()) != (given != nullptr ? 1 : 0))
+      return v.reject("the loss is a partial of something else than F.mse_loss with a reduction");
     if (given != nullptr) reduction = given;
   } else if (loss != o.mse_loss_function) {
     return v.reject(std::string("the loss is ") + Py_TYPE(loss)->tp_name +
-              ", not nn.MSELoss itself or F.mse_loss");
+                    ", not nn.MSELoss itself or F.mse_loss");
   }
   const auto is = [&](PyObject* name) {
     return reduction == name || (reduction != nullptr && PyUnicode_CheckExact(reduction) &&
@@ -170,7 +176,8 @@ bool read_loss(PyObject* loss, PyObject* model, Verdict& v, Watch& watch, Linear
     reading.reduction = Reduction::kMean;
   } else if (is(n.sum)) {
     reading.reduction = Reduction::kSum;
-  } else return v.reject("the loss' reduction is neither 'mean' nor 'sum'");
+  } else
+    return v.reject("the loss' reduction is neither 'mean' nor 'sum'");
   return true;
 }
 

@@ -236,10 +236,9 @@ at::Tensor linear_mse_loss(const at::Tensor& input, const at::Tensor& weight,
 at::Tensor linear_mse_loss_autograd(const at::Tensor& input, const at::Tensor& weight,
                                     const std::optional<at::Tensor>& bias, const at::Tensor& target,
                                     std::string_view reduction) {
-  const bool is_forward = torch::autograd::isFwGradDefined(input) ||
-                          torch::autograd::isFwGradDefined(weight) ||
-                          torch::autograd::isFwGradDefined(bias) ||
-                          torch::autograd::isFwGradDefined(target);
+  const bool is_forward =
+      torch::autograd::isFwGradDefined(input) || torch::autograd::isFwGradDefined(weight) ||
+      torch::autograd::isFwGradDefined(bias) || torch::autograd::isFwGradDefined(target);
   TORCH_CHECK_NOT_IMPLEMENTED(!is_forward, kLinearMse, ": has no forward-mode derivative");
   const bool record = torch::autograd::compute_requires_grad(input, weight, bias, target);
   const auto needs = [&](const at::Tensor& t) { return record && t.requires_grad(); };

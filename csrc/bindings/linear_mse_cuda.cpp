@@ -106,14 +106,14 @@ LinearMseResult linear_mse_cuda(const at::Tensor& input, const at::Tensor& weigh
                                 const std::optional<at::Tensor>& bias, const at::Tensor& target,
                                 std::string_view reduction, bool need_dinput, bool need_dweight,
                                 bool need_dbias, bool need_dy) {
-  return evaluate_linear_mse(
-      input, weight, bias, target, reduction, need_dinput, need_dweight, need_dbias, need_dy,
-      [](LinearMseBatch& b) {
-        TORCH_CHECK_NOT_IMPLEMENTED(is_served_by_cuda(b.weight.device()), kLinearMse,
-                                    ": this build has no kernels for ", b.weight.device());
-        const c10::cuda::CUDAGuard guard(b.weight.device());
-        compute(b, c10::cuda::getCurrentCUDAStream());
-      });
+  return evaluate_linear_mse(input, weight, bias, target, reduction, need_dinput, need_dweight,
+                             need_dbias, need_dy, [](LinearMseBatch& b) {
+                               TORCH_CHECK_NOT_IMPLEMENTED(
+                                   is_served_by_cuda(b.weight.device()), kLinearMse,
+                                   ": this build has no kernels for ", b.weight.device());
+                               const c10::cuda::CUDAGuard guard(b.weight.device());
+                               compute(b, c10::cuda::getCurrentCUDAStream());
+                             });
 }
 
 }  // namespace fused_step

@@ -292,8 +292,8 @@ class Runner {
   void run_tiny(const RowTensors& data, int64_t steps) {
     for (int64_t k = 0; k < steps;) {
       const int64_t now = std::min(slice_, steps - k);
-      tiny_steps(state_, data, batch_rows(), k, now, losses_.select(0, watch_.steps).mutable_data_ptr(),
-                 stream_);
+      tiny_steps(state_, data, batch_rows(), k, now,
+                 losses_.select(0, watch_.steps).mutable_data_ptr(), stream_);
       k += now;
       after(now);
     }

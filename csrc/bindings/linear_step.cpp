@@ -50,13 +50,14 @@ std::optional<c10::Device> current_device(c10::Device device) {
 // What is written: a leaf of the model.
 bool check_param(const char* name, PyObject* object, const at::Tensor& weight, Verdict& v) {
   const at::ScalarType dtype = weight.scalar_type();
-  if (v.against(Py_TYPE(object) != python_objects().parameter, name, " is not an nn.Parameter itself")) {
+  if (v.against(Py_TYPE(object) != python_objects().parameter, name,
+                " is not an nn.Parameter itself")) {
     return false;
   }
   const at::Tensor& t = tensor_of(object);
   if (v.against(!is_plain(t, weight.device()), name, kNotPlain)) return false;
-  if (v.against(t.scalar_type() != dtype || !is_fused_dtype(dtype),
-              name, " is not float32, float64, bfloat16 or float16, or not of the weight's dtype")) {
+  if (v.against(t.scalar_type() != dtype || !is_fused_dtype(dtype), name,
+                " is not float32, float64, bfloat16 or float16, or not of the weight's dtype")) {
     return false;
   }
   if (v.against(!t.is_contiguous(), name, " is not contiguous")) return false;
@@ -105,11 +106,12 @@ bool check_data(const char* name, const at::Tensor& t, const at::Tensor& weight,
                 Verdict& v) {
   if (v.against(!is_plain(t, weight.device()), name, kNotPlain)) return false;
   const at::ScalarType given = t.scalar_type(), dtype = weight.scalar_type();
-  if (v.against(given != dtype && !(autocast && is_fused_pair(given, dtype)),
-              name, " is not of the weight's dtype")) {
+  if (v.against(given != dtype && !(autocast && is_fused_pair(given, dtype)), name,
+                " is not of the weight's dtype")) {
     return false;
   }
-  if (v.against(t.requires_grad() || t._fw_grad(0).defined(), name, " needs a gradient")) return false;
+  if (v.against(t.requires_grad() || t._fw_grad(0).defined(), name, " needs a gradient"))
+    return false;
   return !v.against(!has_its_storage(t), name, " has lost its storage");
 }
 
@@ -231,10 +233,10 @@ bool LinearStep::resolve(PyObject* input, PyObject* target, Verdict& v, Call& ca
 bool LinearStep::check_rows(const Call& call, int64_t rows, Verdict& v) {
   const at::Tensor& weight = call.state.weight;
   return !call.autocast || weight.scalar_type() != at::kFloat ||
-         !v.against(is_left_to_autocast({rows, weight.size(1), weight.size(0)},
-                                        call.input.scalar_type()),
-                    "autocast is on, and its GEMMs in bfloat16 are faster for so large a layer on "
-                    "this processor");
+         !v.against(
+             is_left_to_autocast({rows, weight.size(1), weight.size(0)}, call.input.scalar_type()),
+             "autocast is on, and its GEMMs in bfloat16 are faster for so large a layer on "
+             "this processor");
 }
 
 // The buffers of a first step, which SGD would make from the gradient.
@@ -330,9 +332,9 @@ py::object LinearStep::run(py::handle inputs, py::handle targets, int64_t epochs
   at::Tensor losses;
   try {
     const py::gil_scoped_release_simple no_gil;
-    losses = run_linear_mse_sgd(call.state, call.input, call.target,
-                                {epochs, batch_size, shuffle, std::move(generator)}, memory_,
-                                watch);
+    losses =
+        run_linear_mse_sgd(call.state, call.input, call.target,
+                           {epochs, batch_size, shuffle, std::move(generator)}, memory_, watch);
   } catch (...) {
     if (watch.steps > 0) leave_optimizer(call);
     throw;

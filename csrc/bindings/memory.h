@@ -34,7 +34,8 @@ struct Extent {
 inline Extent extent_of(const at::Tensor& t) {
   if (t.numel() == 0) return {0, 0};
   int64_t last = 0;  // elements between the first and the last, strides being non-negative
-  for (int64_t d = 0; d < t.dim(); ++d) last += (t.size(d) - 1) * t.stride(d);
+  const at::IntArrayRef sizes = t.sizes(), strides = t.strides();
+  for (size_t d = 0; d < sizes.size(); ++d) last += (sizes[d] - 1) * strides[d];
   const auto begin = reinterpret_cast<uintptr_t>(t.const_data_ptr());
   return {begin, begin + static_cast<uintptr_t>(last + 1) * t.element_size()};
 }
@@ -44,7 +45,8 @@ inline Extent extent_of(const at::Tensor& t) {
 inline bool has_its_storage(const at::Tensor& t) {
   if (t.numel() == 0) return true;
   int64_t last = t.storage_offset();
-  for (int64_t d = 0; d < t.dim(); ++d) last += (t.size(d) - 1) * t.stride(d);
+  const at::IntArrayRef sizes = t.sizes(), strides = t.strides();
+  for (size_t d = 0; d < sizes.size(); ++d) last += (sizes[d] - 1) * strides[d];
   const auto bytes = static_cast<size_t>(last + 1) * t.element_size();
   return t.has_storage() && t.storage().nbytes() >= bytes;
 }

@@ -47,8 +47,8 @@ PyMethodDef fast_method(const char* name, const char* doc) {
   return {name, reinterpret_cast<PyCFunction>(any), METH_FASTCALL, doc};
 }
 
-// A new built-in function whose `self` is a capsule of `object`; it keeps `owner`, whose object that
-// is, alive. For a small step the dispatch of a pybind11 method is a good part of the time.
+// A new built-in function whose `self` is a capsule of `object`; it keeps `owner`, whose object
+// that is, alive. For a small step the dispatch of a pybind11 method is a good part of the time.
 PyObject* function_of(PyMethodDef& method, void* object, PyObject* owner);
 
 }  // namespace fused_step

@@ -35,13 +35,12 @@ LinearMseResult linear_mse_meta(const at::Tensor& input, const at::Tensor& weigh
   const auto make = [](bool needed, c10::SymIntArrayRef sizes, const at::TensorOptions& like) {
     return needed ? at::empty_symint(sizes, like) : at::empty({0}, like);
   };
-  return {
-      none ? at::empty_symint(target.sym_sizes(), options) : at::empty({}, options),
-      make(need_dinput && !none, input.sym_sizes(),
-           options.dtype(unscaled_dtype(input.scalar_type()))),
-      make(need_dweight && !none, weight.sym_sizes(), sums),
-      make(need_dbias && !none, weight.sym_sizes().slice(0, 1), sums),
-      make(need_dy, target.sym_sizes(), options.dtype(unscaled_dtype(target.scalar_type())))};
+  return {none ? at::empty_symint(target.sym_sizes(), options) : at::empty({}, options),
+          make(need_dinput && !none, input.sym_sizes(),
+               options.dtype(unscaled_dtype(input.scalar_type()))),
+          make(need_dweight && !none, weight.sym_sizes(), sums),
+          make(need_dbias && !none, weight.sym_sizes().slice(0, 1), sums),
+          make(need_dy, target.sym_sizes(), options.dtype(unscaled_dtype(target.scalar_type())))};
 }
 
 }  // namespace

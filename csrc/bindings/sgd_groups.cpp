@@ -158,7 +158,7 @@ bool SgdReader::read(PyObject* optimizer, Verdict& v, Watch& watch, SgdReading& 
   const bool is_fused = Py_TYPE(optimizer) == o.fused_sgd;
   if (Py_TYPE(optimizer) != o.sgd && !is_fused) {
     return v.reject(std::string("the optimizer is ") + Py_TYPE(optimizer)->tp_name +
-              ", not torch.optim.SGD or fused_step.SGD itself");
+                    ", not torch.optim.SGD or fused_step.SGD itself");
   }
   const py::object dict_owner = dict_of(optimizer);
   PyObject* const dict = reading.dict = dict_owner.ptr();
@@ -182,9 +182,10 @@ bool SgdReader::read(PyObject* optimizer, Verdict& v, Watch& watch, SgdReading& 
     PyObject* device_lr = nullptr;
     if (params == nullptr || !PyList_Check(params) ||
         !read_sgd_options(group, options, device_lr, reading.may_be_kept)) {
-      return v.reject("a param group has an option that is not fused (lr, momentum, dampening and "
-                "weight_decay as numbers of at most 60000, lr also as a tensor of one element "
-                "without grad, differentiable=False)");
+      return v.reject(
+          "a param group has an option that is not fused (lr, momentum, dampening and "
+          "weight_decay as numbers of at most 60000, lr also as a tensor of one element "
+          "without grad, differentiable=False)");
     }
     PyObject* const momentum_dtype = is_fused ? get_item(group, n.momentum_dtype) : nullptr;
     if (v.against(momentum_dtype != nullptr && momentum_dtype != Py_None && options.momentum != 0.0,

@@ -68,7 +68,8 @@ class SgdStep {
     LookedAt(const at::Tensor& param, const at::Tensor& grad);
     void prefetch() const;
   };
-  // Gradients that lie elsewhere than at the last step: whether any does, and the place of the last.
+  // Gradients that lie elsewhere than at the last step: whether any does, and the place of the
+  // last.
   struct Moved {
     bool any = false;
     size_t place = 0;
