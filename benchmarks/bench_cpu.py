@@ -78,7 +78,7 @@ BENCHMARK = driver.Benchmark(
     subject="step",
     again="step_again",
     judge_memory=memory.judge_step,
-    full=Protocol(case_seconds=16.0, budget_seconds=295.0),
+    full=Protocol(case_seconds=16.0, budget_seconds=285.0),
 )
 
 if __name__ == "__main__":

@@ -55,7 +55,7 @@ BENCHMARK = driver.Benchmark(
     subject="loss",
     again="loss_again",
     judge_memory=memory.judge_loss,
-    full=Protocol(case_seconds=12.0, budget_seconds=130.0),
+    full=Protocol(case_seconds=12.0, budget_seconds=155.0),
 )
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from harness.contestant import Contestant
 from harness.protocol import MIN_ROUNDS, Budget, Entry, Measured, Protocol, Say, failure, measure
 
 QUICK = Protocol(rounds=8, case_seconds=2.0, budget_seconds=70.0)
-COLD = Protocol(rounds=20, case_seconds=12.0, budget_seconds=140.0)
+COLD = Protocol(rounds=20, case_seconds=12.0, budget_seconds=125.0)
 # Of a case's share of the time, for its memory.
 _SHARE_OF_MEMORY = 0.3
 

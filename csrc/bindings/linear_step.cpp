@@ -110,8 +110,8 @@ bool check_data(const char* name, const at::Tensor& t, const at::Tensor& weight,
                 " is not of the weight's dtype")) {
     return false;
   }
-  if (v.against(t.requires_grad() || t._fw_grad(0).defined(), name, " needs a gradient"))
-    return false;
+  const bool is_differentiated = t.requires_grad() || t._fw_grad(0).defined();
+  if (v.against(is_differentiated, name, " needs a gradient")) return false;
   return !v.against(!has_its_storage(t), name, " has lost its storage");
 }
 

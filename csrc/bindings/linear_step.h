@@ -19,8 +19,8 @@
 namespace fused_step {
 
 // A call while another is under way is one where no fused plan applies. Holds no references to what
-// it was made of: the TrainStep that made it does,
-// where Python's garbage collector sees them (a model may well hold its TrainStep).
+// it was made of: the TrainStep that made it does, where Python's garbage collector sees them (a
+// model may well hold its TrainStep).
 class LinearStep {
  public:
   LinearStep(pybind11::handle model, pybind11::handle loss_function, pybind11::handle optimizer)
