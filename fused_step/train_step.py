@@ -124,10 +124,10 @@ class TrainStep:
         return self._fused.plan or self._loop_plan
 
     def explain(self, input: Tensor, target: Tensor) -> str:
-        """Says which plan ``step(input, target)`` would take, and why no deeper one; of "head", as
-        far as can be told without running what comes before the last layer.
+        """Says which plan ``step(input, target)`` would take, and why no deeper one.
 
-        Runs nothing and changes nothing.
+        Runs nothing and changes nothing. So of "head" and "optimizer" it says as much as can be
+        told before the model has run and there are gradients.
 
         Args:
             input: as for a step.
