@@ -360,4 +360,6 @@ def test_gradients_near_the_end_of_the_range_are_finite_where_torchs_are(reducti
         function(x, weight, None, torch.zeros(rows, 1), reduction).backward()
         found.append(weight.grad)
     assert torch.isfinite(found[1]).all()
-    torch.testing.assert_close(*found, rtol=1e-4, atol=0.0)
+    # A sum of equal terms, of which torch may round each addition.
+    rtol = rows * torch.finfo(torch.float32).eps / 2
+    torch.testing.assert_close(*found, rtol=rtol, atol=0.0)

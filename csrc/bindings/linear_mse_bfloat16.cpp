@@ -8,10 +8,7 @@
 #include <algorithm>
 #include <atomic>
 
-// Declared here, since its header, ATen/autocast_mode.h, takes 8 s to compile: it has all of ATen.
-namespace at::autocast {
-TORCH_API at::ScalarType get_autocast_dtype(at::DeviceType device_type);
-}  // namespace at::autocast
+#include "bindings/autocast.h"
 
 namespace fused_step {
 

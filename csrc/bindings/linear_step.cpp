@@ -12,6 +12,7 @@
 #include <array>
 #include <chrono>
 
+#include "bindings/autocast.h"
 #include "bindings/dtypes.h"
 #include "bindings/engines.h"
 #include "bindings/linear_model.h"
@@ -20,11 +21,6 @@
 #include "bindings/python_bridge.h"
 #include "bindings/python_objects.h"
 #include "bindings/world.h"
-
-// Declared here, since its header, ATen/autocast_mode.h, takes 8 s to compile: it has all of ATen.
-namespace at::autocast {
-TORCH_API bool is_autocast_cache_enabled();
-}
 
 namespace fused_step {
 
