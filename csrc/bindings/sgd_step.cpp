@@ -235,10 +235,11 @@ bool SgdStep::add_work(Slot& slot, const at::Tensor& param, const at::Tensor& gr
   return true;
 }
 
-// Whether the slot's work is the last step's, but for where its gradient lies, which is clear of all
-// that is written. For contiguous tensors it takes half the instructions of add_work, which any other
-// goes through again. Called for many slots at once: it takes no reference, and touches nothing that
-// two slots may share. Flattened: with calls of torch's accessors it takes 300 instructions, now 240.
+// Whether the slot's work is the last step's, but for where its gradient lies, which is clear of
+// all that is written. For contiguous tensors it takes half the instructions of add_work, which any
+// other goes through again. Called for many slots at once: it takes no reference, and touches
+// nothing that two slots may share. Flattened: with calls of torch's accessors it takes 300
+// instructions, now 240.
 __attribute__((flatten)) bool SgdStep::is_as_before(Slot& slot, bool writes_grads, Moved& moved) {
   if (Py_TYPE(slot.param) != slot.type) return false;
   const at::Tensor& param = *slot.tensor;
