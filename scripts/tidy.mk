@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 # clang-tidy over the C++ that the host compiler sees, from the root of the repository:
 #   make -f scripts/tidy.mk -j2 BIN=.venv/bin          all of it
-#   make -f scripts/tidy.mk -j2 BIN=.venv/bin light    without the slow bindings
+#   make -f scripts/tidy.mk -j2 BIN=.venv/bin light    without tests, slow bindings only compiled
 # A file that was clean is looked at again only when it, a header or the checks have changed. The
 # kernels of CUDA and their bindings are left out: torch for the CPU lacks headers that they need.
 
@@ -25,9 +25,16 @@ FLAGS := -std=c++20 -Icsrc -Itests/cpp $(SYSTEM) -DTORCH_EXTENSION_NAME=_C
 
 .PHONY: tidy light
 tidy: $(SOURCES:%=$(BUILD)/%.clean)
-light: $(patsubst %,$(BUILD)/%.clean,$(filter-out $(SLOW),$(SOURCES)))
+light: $(patsubst %,$(BUILD)/%.clean,$(filter-out $(SLOW) tests/%,$(SOURCES))) \
+	$(SLOW:%=$(BUILD)/%.whole)
 
 $(BUILD)/%.clean: % $(HEADERS) .clang-tidy scripts/tidy.mk requirements/lint.txt
 	@mkdir -p $(@D)
 	$(BIN)/clang-tidy --quiet $< -- $(FLAGS)
+	@touch $@
+
+# That each includes what it needs: it is compiled with others, in csrc/units/.
+$(BUILD)/%.whole: % $(HEADERS) scripts/tidy.mk
+	@mkdir -p $(@D)
+	$(CXX) -fsyntax-only $(FLAGS) $<
 	@touch $@

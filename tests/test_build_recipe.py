@@ -90,12 +90,13 @@ def test_nvcc_of_the_toolkit_that_is_named_comes_first(monkeypatch, tmp_path, na
 
 
 def test_every_source_is_listed():
-    def files(suffix: str) -> set[str]:
+    def files(suffix: str, *folders: str) -> set[str]:
         csrc = ROOT / "csrc"
-        return {str(p.relative_to(csrc)) for p in csrc.rglob(f"*{suffix}")}
+        return {str(p.relative_to(csrc)) for f in folders for p in (csrc / f).rglob(f"*{suffix}")}
 
-    assert set(sources.CPU_SOURCES) | set(sources.CUDA_BINDINGS) == files(".cpp")
-    assert set(sources.CUDA_SOURCES) == files(".cu")
+    # Those of bindings/ are in the units.
+    assert set(sources.CPU_SOURCES) | set(sources.CUDA_BINDINGS) == files(".cpp", "cpu", "units")
+    assert set(sources.CUDA_SOURCES) == files(".cu", "cuda")
 
 
 def pins(name: str) -> dict[str, str]:

@@ -60,8 +60,8 @@ def violations(folder: str, text: str) -> list[str]:
     return [found for found in INCLUDE.findall(text) if not LAYERS[folder].allows(found)]
 
 
-def test_table_names_the_four_layers():
-    assert set(LAYERS) == {"core", "cpu", "cuda", "bindings"}
+def test_table_names_the_layers():
+    assert set(LAYERS) == {"core", "cpu", "cuda", "bindings", "units"}
 
 
 def test_every_source_is_in_a_layer():
@@ -75,8 +75,28 @@ def test_source_includes_only_what_its_layer_may(path):
     assert violations(path.relative_to(CSRC).parts[0], path.read_text()) == []
 
 
-def test_only_bindings_may_include_bindings():
-    assert [name for name, layer in LAYERS.items() if "bindings" in layer.folders] == ["bindings"]
+def test_only_bindings_and_units_may_include_bindings():
+    includers = [name for name, layer in LAYERS.items() if "bindings" in layer.folders]
+    assert includers == ["bindings", "units"]
+
+
+def test_units_include_nothing_else():
+    assert violations("units", '#include <vector>\n#include "cpu/kernels.h"') == [
+        "<vector>",
+        '"cpu/kernels.h"',
+    ]
+
+
+def test_each_source_of_bindings_is_in_one_unit_and_included_nowhere_else():
+    included = [
+        include.strip('"')
+        for path in SOURCES
+        for include in INCLUDE.findall(path.read_text())
+        if include.endswith('.cpp"')
+    ]
+    bindings = [f"bindings/{p.name}" for p in SOURCES if p.match("bindings/*.cpp")]
+    assert sorted(included) == bindings
+    assert all('.cpp"' not in p.read_text() for p in SOURCES if p.parent.name != "units")
 
 
 @pytest.mark.parametrize(

@@ -112,7 +112,7 @@ py::object HeadStep::modules() {
     modules[k] = py::reinterpret_borrow<py::object>(reading_.body[k]);
   }
   modules[reading_.body.size()] = py::reinterpret_borrow<py::object>(reading_.model.linear);
-  return std::move(modules);
+  return modules;
 }
 
 py::object HeadStep::step(py::handle hidden, py::handle target) {

@@ -118,7 +118,7 @@ def _module_in(folder: Path) -> Path | None:
 
 def _compile(folder: Path, root: Path, name: str, why: str) -> Path:
     """Runs the worker in `folder`; returns the folder with the module."""
-    _say(f"{why}; compiling it for torch {torch.__version__}, once, in a minute or two\n")
+    _say(f"{why}; compiling it for torch {torch.__version__}, once, in about a minute\n")
     lines = []
     with subprocess.Popen(
         [sys.executable, "-m", "fused_step._build.worker", str(folder)],

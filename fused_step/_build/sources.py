@@ -10,26 +10,10 @@ _PACKAGE = Path(__file__).resolve().parents[1]
 
 # Listed, not globbed: a stray file never ends up in the binary. Paths below csrc/.
 CPU_SOURCES = (
-    "bindings/engines.cpp",
-    "bindings/head_step.cpp",
-    "bindings/linear_model.cpp",
-    "bindings/linear_mse_autograd.cpp",
-    "bindings/linear_mse_bfloat16.cpp",
-    "bindings/linear_mse_cpu.cpp",
-    "bindings/linear_mse_eager.cpp",
-    "bindings/linear_mse_sgd_cpu.cpp",
-    "bindings/linear_mse_sgd_op.cpp",
-    "bindings/linear_step.cpp",
-    "bindings/made_gradients.cpp",
-    "bindings/module.cpp",
-    "bindings/python_bridge.cpp",
-    "bindings/python_objects.cpp",
-    "bindings/schema.cpp",
-    "bindings/sgd_cpu.cpp",
-    "bindings/sgd_groups.cpp",
-    "bindings/sgd_read.cpp",
-    "bindings/sgd_step.cpp",
-    "bindings/world.cpp",
+    "units/loss.cpp",
+    "units/module.cpp",
+    "units/optimizer.cpp",
+    "units/step.cpp",
     "cpu/dispatch.cpp",
     "cpu/isa_avx2.cpp",
     "cpu/isa_avx2_short.cpp",
@@ -48,13 +32,7 @@ CUDA_SOURCES = (
     "cuda/sgd_update.cu",
     "cuda/tiny_steps.cu",
 )
-CUDA_BINDINGS = (
-    "bindings/cuda_support.cpp",
-    "bindings/linear_mse_cuda.cpp",
-    "bindings/linear_mse_sgd_cuda.cpp",
-    "bindings/ops_cuda.cpp",
-    "bindings/sgd_cuda.cpp",
-)
+CUDA_BINDINGS = ("units/cuda.cpp",)
 _SUFFIXES = (".cpp", ".h", ".cu", ".cuh")
 _RECIPE = ("cuda_toolkit", "recipe", "sources")  # modules beside this one
 
