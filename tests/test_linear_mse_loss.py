@@ -255,7 +255,12 @@ def repeated_columns(t: Tensor) -> Tensor:
     return t[:, :1].expand_as(t)
 
 
-LAYOUTS = (apart, transposed, every_other, repeated_rows, repeated_columns)
+def overlapping_rows(t: Tensor) -> Tensor:
+    rows, columns = t.shape
+    return t.reshape(-1)[: rows + columns - 1].as_strided((rows, columns), (1, 1))
+
+
+LAYOUTS = (apart, transposed, every_other, repeated_rows, repeated_columns, overlapping_rows)
 
 
 @each_dtype

@@ -60,7 +60,8 @@ void gemm(LinearMseBatch& b, DeviceScratch& scratch, c10::cuda::CUDAStream strea
   const at::Tensor x = b.x.to(dtype);
   at::Tensor r = b.dy.defined() ? b.dy : at::empty({B, O}, options);
   gemm_into(r, x, b.weight.t());
-  const at::Tensor target = b.target.to(wide);
+  // The conversion of rows that overlap may be laid out by columns.
+  const at::Tensor target = as_rows(b.target.to(wide), O);
   const at::Tensor bias = b.bias.defined() ? b.bias.to(wide) : at::Tensor();
   const at::Tensor loss = wide == dtype ? b.loss : at::empty({}, options);
   with_storage(wide, [&](auto of_residual) {
