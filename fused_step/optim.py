@@ -221,6 +221,10 @@ class SGD(torch.optim.SGD):
         if not self._unscale([w[2] for w in work]):
             return
         factor = self._clip_factor([grad for w in work for grad in w[2]])
+        # One tensor after the other. Over many at once, torch's default on CUDA, tensors that share
+        # memory come out otherwise, and Nesterov's momentum is added to p.grad itself. For a
+        # compiler None, as torch.optim.SGD has it: of many tensors at once it makes fewer kernels.
+        is_traced = torch.compiler.is_compiling() and not self.defaults["differentiable"]
 
         for group, params, grads, bufs, has_sparse_grad in work:
             if factor is not None:
@@ -236,9 +240,7 @@ class SGD(torch.optim.SGD):
                 grads,
                 bufs,
                 has_sparse_grad=has_sparse_grad,
-                # None: over the tensors of a device at once where that is faster. With nesterov
-                # that adds the momentum to p.grad itself.
-                foreach=False if self.defaults["differentiable"] or group["nesterov"] else None,
+                foreach=None if is_traced and not group["nesterov"] else False,
                 lr=group["lr"],
                 momentum=group["momentum"],
                 dampening=group["dampening"],

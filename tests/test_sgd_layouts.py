@@ -381,7 +381,7 @@ def test_an_update_under_vmap_is_torchs():
 
 def test_differentiable_steps_have_a_derivative():
     values = []
-    for make in (fused_step.SGD, torch.optim.SGD):
+    for make in (fused_step.SGD, torch_sgd):
         lr = torch.tensor(0.5, requires_grad=True)
         start = torch.tensor([2.0, 3.0], requires_grad=True)
         weight = start.clone()
