@@ -2,6 +2,7 @@
 """Random calls of every door, held to the plain loop; a failing case prints a line to repeat it.
 
 Usage: python tests/fuzz.py [--cases N] [--seed S] [--jobs J] [--door NAME ...] [--case TEXT]
+           [--device cuda]
 
 Case k of a seed is the same whatever the number of jobs. `random` draws the cases, not hypothesis:
 drawing one takes 0.05 ms of some 5, where hypothesis takes longer for forty draws than the case
@@ -18,6 +19,7 @@ import random
 import sys
 import time
 
+import device
 import torch
 from fuzzing.cases import Case, Door
 from fuzzing.doors import DOORS
@@ -26,8 +28,10 @@ from fuzzing.doors import DOORS
 HANGING_S = 600.0
 
 
-def prepare() -> None:
+def prepare(where: str = "cpu") -> None:
     """Settings of a process that runs cases: warnings that come once would depend on the order."""
+    if where != "cpu":
+        device.use(where)
     torch.set_num_threads(1)
     torch.set_warn_always(True)
 
@@ -43,9 +47,9 @@ def repro(door: Door, case: Case) -> str:
     return f'python tests/fuzz.py --case "{case.text(door.choices)}"'
 
 
-def work(doors: list[Door], seed: int, numbers: range, at, results) -> None:
+def work(where: str, doors: list[Door], seed: int, numbers: range, at, results) -> None:
     """Runs cases of one process; `at` says which, should it die."""
-    prepare()
+    prepare(where)
     kinds: collections.Counter[str] = collections.Counter()
     failures = []
     for number in numbers:
@@ -63,7 +67,9 @@ def work(doors: list[Door], seed: int, numbers: range, at, results) -> None:
     results.put((kinds, failures))
 
 
-def run(doors: list[Door], seed: int, cases: int, jobs: int) -> tuple[collections.Counter, int]:
+def run(
+    where: str, doors: list[Door], seed: int, cases: int, jobs: int
+) -> tuple[collections.Counter, int]:
     """Runs cases in processes; how often each kind of outcome came, and how many failed."""
     context = multiprocessing.get_context("spawn")
     results = context.Queue()
@@ -71,7 +77,7 @@ def run(doors: list[Door], seed: int, cases: int, jobs: int) -> tuple[collection
     for job in range(jobs):
         at = context.Value("q", -1)
         numbers = range(job, cases, jobs)
-        process = context.Process(target=work, args=(doors, seed, numbers, at, results))
+        process = context.Process(target=work, args=(where, doors, seed, numbers, at, results))
         process.start()
         workers.append([process, at, -1, time.monotonic()])
     kinds: collections.Counter[str] = collections.Counter()
@@ -110,16 +116,17 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--door", action="append", choices=list(DOORS), help="these alone")
     parser.add_argument("--case", help="one case, as a failure has printed it")
+    parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
     arguments = parser.parse_args()
     if arguments.case is not None:
-        prepare()
+        prepare(arguments.device)
         door = DOORS[arguments.case.split(";")[0].strip()]
         print(door.run(door.parse(arguments.case)))
         return
     doors = [DOORS[name] for name in arguments.door or DOORS]
     print(f"fuzz: {arguments.cases} cases, seed {arguments.seed}", flush=True)
     start = time.monotonic()
-    kinds, failed = run(doors, arguments.seed, arguments.cases, arguments.jobs)
+    kinds, failed = run(arguments.device, doors, arguments.seed, arguments.cases, arguments.jobs)
     for kind, count in sorted(kinds.items()):
         print(f"{count:9} {kind}")
     print(f"fuzz: {sum(kinds.values())} cases in {time.monotonic() - start:.0f} s, {failed} failed")

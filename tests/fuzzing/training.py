@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import device
 import torch
 import torch.nn.functional as F
 from oracle import Problem, largest_curvature, scales
@@ -31,7 +32,7 @@ from fuzzing.memory import (
 from fuzzing.outcomes import Outcome, assert_like_plain, copied, recorded, roundings
 
 # Those whose bits need not be the plain loop's.
-FUSED_PLANS = ("one-pass", "gemm", "head")
+FUSED_PLANS = ("tiny", "one-pass", "gemm", "head")
 # Each tensor of a step, and those in whose memory it may lie.
 HOSTS = {
     "target": ("input",),
@@ -140,8 +141,10 @@ AROUND: dict[str, Callable[[], Any]] = {
     "nothing": contextlib.nullcontext,
     "no_grad": torch.no_grad,
     "inference_mode": torch.inference_mode,
-    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
-    "autocast without cache": lambda: torch.autocast("cpu", torch.bfloat16, cache_enabled=False),
+    "autocast": lambda: torch.autocast(device.DEVICE.type, torch.bfloat16),
+    "autocast without cache": lambda: torch.autocast(
+        device.DEVICE.type, torch.bfloat16, cache_enabled=False
+    ),
     "saved tensors hooks": lambda: torch.autograd.graph.saved_tensors_hooks(_same, _same),
     "anomaly": lambda: torch.autograd.set_detect_anomaly(True),
     "function mode": _FunctionMode,
@@ -529,7 +532,9 @@ def assert_like_the_loop(
         torch.default_generator.manual_seed(case["seed"])
         return world.take(Outcome())
 
-    eps = torch.finfo(DTYPES[case["dtype"]]).eps
+    # Of the coarser parameter: what is made of both is no more exact.
+    dtypes = (DTYPES.get(case[name]) for name in ("dtype", "bias_dtype"))
+    eps = max(torch.finfo(d).eps for d in dtypes if d is not None and d is not torch.int64)
 
     def tensor_scales() -> dict[str, float]:
         found = scales_of(case, World(case, plan), steps, factor)
