@@ -9,6 +9,7 @@ fused.
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -37,6 +38,10 @@ def use(name: str) -> None:
     """Makes `name` the device under test. To be called once, before tests are collected."""
     global DEVICE
     DEVICE = torch.device(name)
+    # Its first use compiles functions of torch's own from their source, which names those below.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.func.jvp(torch.sin, (torch.zeros(()),), (torch.ones(()),))
     for factory in _FACTORIES:
         setattr(torch, factory, _made_on(DEVICE, getattr(torch, factory)))
 

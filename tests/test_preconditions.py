@@ -1588,8 +1588,9 @@ def outcome(world: World, step: Callable[..., Tensor], via: Callable[..., Any] |
 
 
 def without_addresses(message: str) -> str:
-    """The message without what differs from object to object."""
+    """The message without what differs from object to object, or in the last digit."""
     message = re.sub(r"0x[0-9a-f]+", "0x…", message)
+    message = re.sub(r"tensor\([^()]*\)", "tensor(…)", message)
     return re.sub(r"\bid\s*\d+|\d{9,}", "…", message).split("\n  File")[0]
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import pytest
 import torch
 from device import DEVICE
+from gpu_probe import BUSY_CYCLES, launches_of, waiting_is_an_error
 from oracle import same_bits
 from sgd_oracle import MOMENTUM, copy_of, momentum_of, random_params, torch_sgd
 from torch.nn import Parameter
@@ -20,8 +21,6 @@ if DEVICE.type != "cuda":
     pytest.skip("needs a GPU: run with --device cuda", allow_module_level=True)
 if not hasattr(_C, "cuda_archs"):
     pytest.skip("this is a CPU build of fused_step", allow_module_level=True)
-
-from test_cuda import BUSY_CYCLES, waiting_is_an_error
 
 OPTIONS = {**MOMENTUM, "weight_decay": 0.01, "nesterov": True}
 SHAPES = (1, 3, 64, 1000, (33, 7), 4096, 4097, 100_003)
@@ -50,16 +49,6 @@ def set_grads(params: list[Parameter], seed: int) -> None:
 def assert_same(ours: list[Parameter], theirs: list[Parameter]) -> None:
     for k, (p, q) in enumerate(zip(ours, theirs, strict=True)):
         assert same_bits(p.detach(), q.detach().to(p.device)), k
-
-
-def launches_of(call) -> list[str]:
-    """Everything that the device does for a call: kernels, copies, fills."""
-    torch.cuda.synchronize()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        call()
-        torch.cuda.synchronize()
-    on_device = torch.autograd.DeviceType.CUDA
-    return [event.name for event in profile.events() if event.device_type == on_device]
 
 
 # --- launches -----------------------------------------------------------------------------------
@@ -263,6 +252,25 @@ def test_a_graph_outlives_its_optimizer():
         graph.replay()
         other.step()
     del rubbish, bufs
+    assert_same(params, expected)
+
+
+def test_a_graph_outlives_an_earlier_one_of_the_same_optimizer():
+    params, optimizer = make(max_grad_norm=0.5)
+    earlier, later = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+    for graph in (earlier, later):
+        with torch.cuda.graph(graph):
+            optimizer.step()
+    del graph, earlier
+    torch.cuda.empty_cache()
+    expected, other = make(max_grad_norm=0.5)
+    rubbish = [torch.full((1 << k,), -1, dtype=torch.int8) for k in range(4, 22)]
+    for number in range(3):
+        for of in (params, expected):
+            set_grads(of, number)
+        later.replay()
+        other.step()
+    del rubbish
     assert_same(params, expected)
 
 

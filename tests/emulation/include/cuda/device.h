@@ -23,15 +23,17 @@ cudaError_t allow_shared(void (*kernel)(Params...), int64_t bytes) {
 
 template <typename... Params>
 cudaError_t launch(void (*kernel)(Params...), dim3 grid, int threads, int64_t shared_bytes,
-                   cudaStream_t, const Params&... params) {
+                   cudaStream_t stream, const Params&... params) {
   // Copied when launched, as parameters are.
-  const std::tuple<Params...> copies(params...);
-  const auto run = [&] { std::apply(kernel, copies); };
-  return ::emulation::launch(
-             reinterpret_cast<const void*>(kernel), grid, threads, shared_bytes,
-             [](const void* body) { (*static_cast<const decltype(run)*>(body))(); }, &run)
-             ? cudaSuccess
-             : cudaErrorInvalidValue;
+  const auto run = [kernel, copies = std::tuple<Params...>(params...)] {
+    std::apply(kernel, copies);
+  };
+  const bool accepted = ::emulation::enqueue(stream, [=] {
+    return ::emulation::launch(
+        reinterpret_cast<const void*>(kernel), grid, threads, shared_bytes,
+        [](const void* body) { (*static_cast<const decltype(run)*>(body))(); }, &run);
+  });
+  return accepted ? cudaSuccess : cudaErrorInvalidValue;
 }
 
 constexpr int64_t kArgumentBytes = 4096;
