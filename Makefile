@@ -15,6 +15,10 @@ QUICK := eager,hand,numpy,step,step_again,run,floor_call,floor_read,floor_gemm
 CUDA_VENV ?= .venv-cuda
 CUDA_TREE := build/cuda-tree
 SANITIZE_TREE := build/sanitize
+EMULATED_TREE := build/emulated-gpu
+# What a GPU alone has, and what every device must do.
+CUDA_SUITE := tests/test_cuda.py tests/test_cuda_benchmarks.py tests/test_sgd_cuda.py
+GPU_SUITE ?= $(CUDA_SUITE) $(shell cat tests/gpu_suite.txt)
 # Cases of the fuzzer, the seed that they follow from (default: the clock), and processes.
 FUZZ_CASES ?= 1000000
 FUZZ_SEED ?= $(shell date +%s)
@@ -25,8 +29,9 @@ BIN := $(VENV)/bin
 CSRC := $(shell find csrc -type f)
 CPP_FORMATTED := $(shell find csrc tests benchmarks -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help demo test lint format tidy tidy-light sanitize sanitize-full fuzz emulate cuda-kernels \
-	package-check bench bench-quick bench-publish bench-ratios bench-check build cuda-build clean
+.PHONY: help demo test lint format tidy tidy-light sanitize sanitize-full fuzz emulate emulate-gpu \
+	emulate-planted emulate-fuzz emulated cuda-kernels package-check bench bench-quick bench-publish \
+	bench-ratios bench-check build cuda-build clean
 .DELETE_ON_ERROR:
 # pip runs one at a time in one environment.
 .NOTPARALLEL:
@@ -54,7 +59,7 @@ format: $(VENV)/.lint  ## bring all sources into that style
 tidy: $(VENV)/.lint  ## look for mistakes in the C++ sources: clang-tidy
 	@$(MAKE) --no-print-directory -f scripts/tidy.mk -j$(or $(MAX_JOBS),2) BIN=$(BIN)
 
-tidy-light: $(VENV)/.lint  ## the same without the slow bindings
+tidy-light: $(VENV)/.lint  ## the same without tests and the slow bindings
 	@$(MAKE) --no-print-directory -f scripts/tidy.mk -j$(or $(MAX_JOBS),2) BIN=$(BIN) light
 
 sanitize:  ## run the torch-free C++ tests under ASan and UBSan, those with threads under TSan, too
@@ -68,6 +73,22 @@ fuzz: $(VENV)/.test build  ## hold random calls of every door to the plain loop 
 
 emulate:  ## run the CUDA kernels on the processor, under sanitizers, and plant mistakes
 	@$(MAKE) --no-print-directory -f tests/emulation/Makefile -j$(or $(MAX_JOBS),2)
+
+# In a copy of the sources: the extension there has both engines.
+emulated: $(VENV)/.test build
+	scripts/copy_tree.sh $(EMULATED_TREE)
+	cd $(EMULATED_TREE) && $(abspath $(BIN))/python tests/emulation/gpu/build.py --inplace
+
+emulate-gpu: emulated  ## run the suite on GPUs that the processor emulates (GPU_SUITE, PYTEST_ARGS)
+	cd $(EMULATED_TREE) && PYTHONPATH=.:tests/emulation/gpu $(abspath $(BIN))/python $(PYTEST) -p emulated_gpu \
+		--device=cuda $(GPU_SUITE) $(PYTEST_ARGS)
+
+emulate-planted: emulated  ## plant mistakes in the bindings, which that suite must find: six minutes
+	cd $(EMULATED_TREE) && $(abspath $(BIN))/python tests/emulation/gpu/planted.py
+
+emulate-fuzz: emulated  ## the fuzzer's calls on such GPUs (FUZZ_CASES, FUZZ_SEED, FUZZ_ARGS)
+	cd $(EMULATED_TREE) && $(abspath $(BIN))/python tests/emulation/gpu/fuzz_emulated.py --cases $(FUZZ_CASES) \
+		--seed $(FUZZ_SEED) --jobs $(FUZZ_JOBS) $(FUZZ_ARGS)
 
 cuda-kernels:  ## compile the CUDA kernels for every architecture, if nvcc is there
 	@command -v nvcc > /dev/null || { echo "cuda-kernels: NOT RUN, there is no nvcc here"; exit 0; }; \

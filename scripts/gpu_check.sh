@@ -166,13 +166,8 @@ if ((built == 0)) && [[ -n $gpu && $part != bench ]]; then
     fi
     every=8
     [[ $part == all ]] && every=24
-    stage suite 150 "${pytest[@]}" --every="$every" --junitxml=suite.xml --device=cuda \
-        tests/test_train_step.py tests/test_train_step_head.py tests/test_train_step_resume.py \
-        tests/test_train_step_schedulers.py tests/test_run.py tests/test_op_linear_mse_sgd.py \
-        tests/test_linear_mse_loss.py tests/test_linear_mse_loss_autograd.py \
-        tests/test_linear_mse_loss_module.py tests/test_linear_mse_loss_coverage.py \
-        tests/test_preconditions.py tests/test_sgd.py \
-        tests/test_sgd_scaler.py tests/test_sgd_layouts.py tests/test_sgd_state.py
+    mapfile -t files < tests/gpu_suite.txt
+    stage suite 150 "${pytest[@]}" --every="$every" --junitxml=suite.xml --device=cuda "${files[@]}"
 fi
 if ((built == 0)) && [[ -n $gpu && $part != check ]]; then
     if [[ $part == all ]]; then
