@@ -36,5 +36,5 @@ $(BUILD)/%.clean: % $(HEADERS) .clang-tidy scripts/tidy.mk requirements/lint.txt
 # That each includes what it needs: it is compiled with others, in csrc/units/.
 $(BUILD)/%.whole: % $(HEADERS) scripts/tidy.mk
 	@mkdir -p $(@D)
-	$(CXX) -fsyntax-only $(FLAGS) $<
+	$(CXX) -fsyntax-only -fvisibility=hidden -Wno-psabi $(FLAGS) $<
 	@touch $@
