@@ -441,7 +441,8 @@ def test_gemm_step_without_momentum_stores_no_gradient():
 # x in one case, y in the other has more than 2³¹ elements; bytes are those of the float64 oracle.
 @pytest.mark.parametrize(("B", "I", "O"), [(2**21 + 5, 1024, 1), (2**21 + 5, 16, 1024)])
 def test_more_than_2_to_the_31_elements(B, I, O):
-    needed = 8 * 8 * B * max(I, O)
+    # Of x the loop has fewer copies than of y: 128 GiB of an H200's were enough, and too few.
+    needed = (8 if O == 1 else 10) * 8 * B * max(I, O)
     torch.cuda.empty_cache()  # what earlier tests have left in it is not free
     free = torch.cuda.mem_get_info()[0]
     if free < needed:

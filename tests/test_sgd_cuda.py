@@ -437,8 +437,7 @@ def test_more_than_2_to_the_31_elements(dtype):
     weight.grad = torch.full((n,), 0.5, dtype=dtype)
     optimizer = fused_step.SGD([weight], lr=0.5)
     optimizer.step()
-    assert bool((weight[-5000:] == 0.75).all())
-    assert float(weight.min()) == float(weight.max()) == 0.75
+    assert bool((weight.detach() == 0.75).all())
     optimizer.max_grad_norm = 1.0
     optimizer.step()
     assert float(optimizer.grad_norm) == pytest.approx(0.5 * n**0.5, rel=1e-6)

@@ -249,9 +249,8 @@ class World:
             for p in self.params:
                 p.grad = None if p.grad is None else p.grad.clone()
             if not self.absolute:
-                with torch.autocast(
-                    device.DEVICE.type, enabled=False
-                ):  # which refuses norms of float16
+                # On, it refuses norms of float16.
+                with torch.autocast(device.DEVICE.type, enabled=False):
                     nn.utils.clip_grad_norm_(self.params, max_norm_of(case), foreach=False)
         try:
             optimizer.step()
