@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -235,6 +237,37 @@ def test_compilers_run_at_once_as_processors_and_memory_allow(monkeypatch, proce
     monkeypatch.setattr(recipe.os, "sched_getaffinity", lambda _: set(range(processors)))
     monkeypatch.setattr(recipe, "_free_gib", lambda: gib)
     assert recipe.jobs() == jobs
+
+
+# How error messages are made: a number goes through what the C++ runtime keeps for each locale.
+PRINTS_A_NUMBER = """
+#include <sstream>
+#include <string>
+extern "C" __attribute__((visibility("default"))) const char* printed(long n) {
+  static std::string text;
+  std::ostringstream out;
+  out << '[' << n << ']';
+  text = out.str();
+  return text.c_str();
+}
+"""
+
+
+def test_cpp_runtime_linked_into_the_module_keeps_to_itself(tmp_path):
+    (tmp_path / "prints.cpp").write_text(PRINTS_A_NUMBER)
+    library = tmp_path / "prints.so"
+    build = [*compiler.command(), *recipe.COMPILE_FLAGS, "-fPIC", "-shared", "-static-libstdc++"]
+    build += [str(tmp_path / "prints.cpp"), "-o", str(library), *recipe.LINK_FLAGS]
+    subprocess.run(build, check=True)
+    # torch first: its runtime is there when the module comes.
+    code = f"""
+import ctypes, torch
+printed = ctypes.CDLL({str(library)!r}).printed
+printed.argtypes, printed.restype = [ctypes.c_long], ctypes.c_char_p
+assert printed(5) == b"[5]", printed(5)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_free_memory_is_no_more_than_the_machine_has():

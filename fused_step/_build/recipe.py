@@ -34,7 +34,13 @@ COMPILE_FLAGS = [
     "-Wextra",
     "-Wno-psabi",  # notes about vector arguments; none crosses the library's boundary
 ]
-LINK_FLAGS = ["-fopenmp"]
+LINK_FLAGS = [
+    "-fopenmp",
+    # Where g++ finds no shared C++ runtime it links its own into the module. Were that one's symbols
+    # seen beside those of torch's runtime, each would use parts of the other, and an error message
+    # with a number in it crashed.
+    "-Wl,--exclude-libs,ALL",
+]
 # A compiler with torch's headers takes up to 1.2 GiB.
 _GIB_PER_JOB = 1.5
 
