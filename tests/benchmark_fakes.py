@@ -100,6 +100,60 @@ class Interrupted(Timed):
         return super().sample(steps)
 
 
+WARM_UP = 3  # samples of a fake that always takes as long; then there are two a round
+
+
+class Device:
+    """Shared by contestants; once one of them has broken it, every use of it raises."""
+
+    def __init__(self):
+        self.broken = False
+
+    def use(self) -> None:
+        if self.broken:
+            raise RuntimeError("unspecified launch failure\nsecond line")
+
+    def lost(self) -> str | None:
+        return "the device is silent" if self.broken else None
+
+
+class OnDevice(Timed):
+    """Breaks the device in its method `breaks_in`; a number is that of a sample, from 1."""
+
+    def __init__(self, key: str, device: Device, breaks_in: str | int = ""):
+        super().__init__(key, [1e-3])
+        self._device, self._breaks_in = device, breaks_in
+
+    def _use(self, where: str | int) -> None:
+        if where == self._breaks_in:
+            self._device.broken = True
+        self._device.use()
+
+    def prepare(self, data):
+        super().prepare(data)
+        self._use("prepare")
+
+    def sample(self, steps: int) -> float:
+        seconds = super().sample(steps)
+        self._use(self.turns)
+        return seconds
+
+    def last_loss(self) -> float:
+        self._use("last_loss")
+        return 0.0
+
+    def release(self) -> None:
+        self._use("release")
+
+
+class BreaksUnseen(OnDevice):
+    """Breaks it by what it only launches: no call of its own fails."""
+
+    def prepare(self, data):
+        super().prepare(data)
+        self._device.broken = True
+
+
 class SaysWhere(Contestant):
     """Tells of the process it runs in."""
 

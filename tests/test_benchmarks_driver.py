@@ -12,7 +12,17 @@ import time
 from pathlib import Path
 
 import pytest
-from benchmark_fakes import CASE, SECOND_CASE, Interrupted, Missing, Timed, Wrong
+from benchmark_fakes import (
+    CASE,
+    SECOND_CASE,
+    WARM_UP,
+    Device,
+    Interrupted,
+    Missing,
+    OnDevice,
+    Timed,
+    Wrong,
+)
 from harness import driver, places, results
 from harness.protocol import Protocol
 
@@ -33,7 +43,22 @@ class Here(places.Cpu):
         return {"aten_bytes": 1024, "resident_bytes": None}
 
 
-def benchmark(*contestants, full=FULL, **changes) -> driver.Benchmark:
+class OnOneDevice(Here):
+    """All contestants use this one device, for their memory, too."""
+
+    def __init__(self, device, breaks_by_memory_of=""):
+        self._device, self._breaks_by_memory_of = device, breaks_by_memory_of
+
+    def lost(self):
+        return self._device.lost()
+
+    def memory(self, contestant, case, seed):
+        self._device.broken |= contestant.key == self._breaks_by_memory_of
+        self._device.use()
+        return super().memory(contestant, case, seed)
+
+
+def benchmark(*contestants, full=FULL, place=None, **changes) -> driver.Benchmark:
     return driver.Benchmark(
         kind="fake",
         description="A benchmark of fakes.",
@@ -41,7 +66,7 @@ def benchmark(*contestants, full=FULL, **changes) -> driver.Benchmark:
         contestants=lambda: contestants,
         subject="ours",
         again="again",
-        place=Here(),
+        place=place or Here(),
         full=full,
         **changes,
     )
@@ -121,6 +146,66 @@ def test_interrupt_in_a_round_keeps_the_rounds_before_it(tmp_path):
     assert [case["interrupted"] for case in result["cases"]] == [True]
     assert not result["complete"]
     assert "not all cases were run to the end, or" in (tmp_path / "fake.md").read_text()
+
+
+def run_until_lost(benchmark: driver.Benchmark, folder: Path) -> dict:
+    """The result file of a run that must end because its device was lost."""
+    with pytest.raises(SystemExit) as ended:
+        driver.run(benchmark, ["--out", str(folder)])
+    assert ended.value.code == 1
+    result = results.load(folder / "fake.json")
+    assert not result["complete"]
+    return result
+
+
+def status_and_rounds(case: dict) -> dict[str, tuple[str, int]]:
+    return {c["key"]: (c["status"], len(c["samples_us"])) for c in case["contestants"]}
+
+
+def test_device_lost_in_a_later_case_ends_the_run_and_keeps_what_was_complete(tmp_path, capsys):
+    device = Device()
+    first_case = WARM_UP + 2 * FULL.rounds
+    culprit = OnDevice("culprit", device, breaks_in=first_case + WARM_UP + 2 * 2 + 1)
+    others = OnDevice("ours", device), OnDevice("again", device)
+    lost = benchmark(*others, culprit, place=OnOneDevice(device), with_memory=False)
+    result = run_until_lost(lost, tmp_path)
+    assert f"{SECOND_CASE.title}: the device was lost to culprit" in capsys.readouterr().out
+    first, second = result["cases"]
+    assert set(status_and_rounds(first).values()) == {("ok", FULL.rounds)}
+    assert status_and_rounds(second) == {
+        "ours": ("ok", 2),
+        "again": ("ok", 2),
+        "culprit": ("error", 0),
+    }
+    table = (tmp_path / "fake.md").read_text()
+    assert "- culprit: error: RuntimeError: unspecified launch failure" in table
+
+
+def test_device_lost_in_the_check_leaves_a_row_that_says_to_whom(tmp_path, capsys):
+    device = Device()
+    culprit = OnDevice("culprit", device, breaks_in="prepare")
+    others = OnDevice("ours", device), OnDevice("again", device)
+    result = run_until_lost(benchmark(*others, culprit, place=OnOneDevice(device)), tmp_path)
+    assert f"{CASE.title}: the device was lost to culprit" in capsys.readouterr().out
+    (case,) = result["cases"]
+    assert set(status_and_rounds(case).values()) == {("error", 0)}
+    table = (tmp_path / "fake.md").read_text()
+    assert "- culprit: error: RuntimeError: unspecified launch failure" in table
+    assert "- ours: error: the device was lost to culprit" in table
+
+
+def test_device_lost_while_memory_is_measured_is_the_error_of_whose_it_was(tmp_path):
+    device = Device()
+    contestants = [OnDevice(key, device) for key in ("ours", "again", "culprit", "other")]
+    lost = benchmark(*contestants, place=OnOneDevice(device, breaks_by_memory_of="culprit"))
+    (case,) = run_until_lost(lost, tmp_path)["cases"]
+    done = ("ok", FULL.rounds)
+    states = {"ours": done, "again": done, "culprit": ("error", 0), "other": done}
+    assert status_and_rounds(case) == states
+    found = {c["key"]: c for c in case["contestants"]}
+    assert found["culprit"]["reason"] == "the device is silent"
+    assert found["ours"]["memory"]["aten_bytes"] == 1024
+    assert found["other"]["memory"] is None
 
 
 def _ended(group: int) -> bool:

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import bench_gpu
 import pytest
-from harness import driver, gpu_memory
+from harness import driver, gpu_memory, places
 from harness.contestant import Unavailable
 from harness.gpu_case import GpuCase, Span, copies_beyond
 from harness.gpu_steps import GpuContestant
@@ -144,6 +144,17 @@ def test_without_a_gpu_nothing_is_measured_and_said_so(monkeypatch, capsys):
         driver.run(bench_gpu.BENCHMARK, [])
     assert ended.value.code == 2
     assert "no GPU" in capsys.readouterr().err
+
+
+def test_gpu_is_lost_when_waiting_for_it_fails_and_a_rehearsal_has_none_to_lose(monkeypatch):
+    def fails():
+        raise RuntimeError("CUDA error: unspecified launch failure\nsecond line")
+
+    monkeypatch.setattr("torch.cuda.synchronize", fails)
+    assert places.Gpu().lost() == "RuntimeError: CUDA error: unspecified launch failure"
+    assert places.Rehearsal().lost() is None
+    monkeypatch.setattr("torch.cuda.synchronize", lambda: None)
+    assert places.Gpu().lost() is None
 
 
 def test_every_contestant_is_rehearsed_or_says_what_it_needs():

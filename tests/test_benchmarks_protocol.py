@@ -10,10 +10,14 @@ import pytest
 from benchmark_fakes import (
     CASE,
     QUICK,
+    WARM_UP,
     Breaks,
+    BreaksUnseen,
+    Device,
     Diverges,
     Interrupted,
     Missing,
+    OnDevice,
     Timed,
     Wrong,
     quiet,
@@ -23,8 +27,8 @@ from harness.contestant import Absent
 from harness.protocol import MIN_ROUNDS, Budget, Entry, Measured, Protocol, measure
 
 
-def run(*contestants, protocol: Protocol = QUICK, seconds: float = 60.0) -> Measured:
-    return measure(CASE, contestants, protocol, quiet, seconds)
+def run(*contestants, protocol: Protocol = QUICK, seconds: float = 60.0, **device) -> Measured:
+    return measure(CASE, contestants, protocol, quiet, seconds, **device)
 
 
 def entry(measured: Measured, key: str) -> Entry:
@@ -95,6 +99,81 @@ def test_interrupt_keeps_the_complete_rounds():
     case = results.case_result(measured, "right", "right", None)
     assert case["interrupted"]
     assert len(row(case, "right")["samples_us"]) == measured.rounds
+
+
+LOST = ("error", "RuntimeError: unspecified launch failure")
+
+
+def states(measured: Measured) -> list[tuple[str, str]]:
+    return [(e.status, e.reason) for e in measured.entries]
+
+
+def test_contestant_that_breaks_the_device_in_a_round_leaves_the_others_those_before():
+    device = Device()
+    culprit = OnDevice("culprit", device, breaks_in=WARM_UP + 2 * 2 + 1)
+    others = [OnDevice(key, device) for key in "abc"]
+    measured = run(*others, culprit, lost=device.lost)
+    assert states(measured) == [("ok", "")] * 3 + [LOST]
+    assert (measured.lost_to, measured.rounds, measured.interrupted) == ("culprit", 2, True)
+    assert [len(measured.times(key)) for key in "abc"] == [2, 2, 2]
+    assert measured.times("culprit") is None
+
+
+@pytest.mark.parametrize("breaks_in", ["prepare", WARM_UP, WARM_UP + 1])
+def test_device_broken_before_a_round_is_complete_is_the_error_of_one_alone(breaks_in):
+    device = Device()
+    culprit = OnDevice("culprit", device, breaks_in)
+    measured = run(OnDevice("a", device), culprit, OnDevice("b", device), lost=device.lost)
+    others = ("error", "the device was lost to culprit")
+    assert states(measured) == [others, LOST, others]
+    assert (measured.lost_to, measured.rounds, measured.interrupted) == ("culprit", 0, True)
+
+
+def test_device_broken_by_the_last_loss_leaves_the_others_all_rounds():
+    device = Device()
+    culprit = OnDevice("culprit", device, "last_loss")
+    measured = run(culprit, OnDevice("other", device), lost=device.lost)
+    assert states(measured) == [LOST, ("ok", "")]
+    assert len(measured.times("other")) == QUICK.rounds
+
+
+def test_device_found_broken_after_a_turn_without_an_error_was_broken_in_it():
+    device = Device()
+    contestants = BreaksUnseen("unseen", device), OnDevice("next", device)
+    measured = run(*contestants, lost=device.lost)
+    assert states(measured) == [
+        ("error", "the device is silent"),
+        ("error", "the device was lost to unseen"),
+    ]
+
+
+def test_release_that_raises_is_the_error_of_its_contestant_alone():
+    released = []
+
+    class Clings(Timed):
+        def release(self) -> None:
+            raise RuntimeError("cannot let go")
+
+    class LetsGo(Timed):
+        def release(self) -> None:
+            released.append(self.key)
+
+    measured = run(Clings("clings", [1e-3]), LetsGo("lets go", [1e-3]))
+    assert states(measured) == [("error", "RuntimeError: cannot let go"), ("ok", "")]
+    assert released == ["lets go"]
+
+
+def test_interrupt_on_a_device_that_is_lost_blames_nobody():
+    device = Device()
+
+    class InterruptedAsItBreaks(OnDevice):
+        def last_loss(self) -> float:
+            self._device.broken = True
+            raise KeyboardInterrupt
+
+    measured = run(InterruptedAsItBreaks("a", device), OnDevice("b", device), lost=device.lost)
+    assert states(measured) == [("ok", "")] * 2
+    assert measured.interrupted
 
 
 def test_ratio_is_the_median_of_the_rounds_ratios_not_the_ratio_of_medians():

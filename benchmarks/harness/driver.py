@@ -88,6 +88,7 @@ class _Run:
         self._result = self._start(kind)
         self._cases = options.selected
         self._interrupted = False
+        self._lost = ""  # where the device was lost, and to whom
 
     def go(self) -> None:
         self._introduce()
@@ -109,6 +110,9 @@ class _Run:
             written = report.write(self._result, self._path)
             files = " ".join(os.path.relpath(file) for file in (self._path, *written))
             self._display.say(f"written: {files}")
+        if self._lost:
+            self._display.warn(f"{self._lost}, what was complete is kept")
+            raise SystemExit(1)
         if self._interrupted:
             self._display.say("interrupted: what was complete is kept")
             raise SystemExit(130)
@@ -163,13 +167,15 @@ class _Run:
             self._options.no_memory or self._protocol.cold
         )
         share = seconds * (1.0 - _SHARE_OF_MEMORY) if with_memory else seconds
-        measured = measure(case, entrants, self._protocol, say, share)
+        measured = measure(case, entrants, self._protocol, say, share, self._place.lost)
         limit = None
         if with_memory and not measured.interrupted:
             self._measure_memory(measured, began + seconds, say)
             limit = self._judge_memory(measured)
         self._interrupted = measured.interrupted
-        if not measured.rounds:
+        if measured.lost_to:
+            self._lost = f"{case.title}: the device was lost to {measured.lost_to}"
+        elif not measured.rounds:
             return
         row = results.case_result(measured, self._benchmark.subject, self._benchmark.again, limit)
         self._result["cases"].append(row)
@@ -187,19 +193,20 @@ class _Run:
         entries = [e for e in measured.running() if e.contestant.role == "contestant"]
         entries = [e for e in entries if e.contestant.key != self._benchmark.again]
         entries.sort(key=lambda entry: entry.contestant.key != self._benchmark.subject)
-        try:
+        with measured.may_end_early():
             for entry in entries:
                 say(f"memory: {entry.contestant.label}", measured.rounds, measured.rounds)
                 if time.monotonic() > end:
                     entry.memory = {"error": "no time was left"}
                     continue
-                try:
-                    seed = self._protocol.seed
-                    entry.memory = self._place.memory(entry.contestant, measured.case, seed)
-                except Exception as error:
-                    entry.memory = {"error": failure(error)}
-        except KeyboardInterrupt:
-            measured.interrupted = True
+                with measured.turn_of(entry):
+                    entry.memory = self._memory_of(entry.contestant, measured.case)
+
+    def _memory_of(self, contestant: Contestant, case: Any) -> dict:
+        try:
+            return self._place.memory(contestant, case, self._protocol.seed)
+        except Exception as error:
+            return {"error": failure(error)}
 
     def _judge_memory(self, measured: Measured) -> dict | None:
         entries = {entry.contestant.key: entry for entry in measured.running()}

@@ -11,6 +11,7 @@ import torch
 
 from harness import floors, gpu_memory, isolated, machine, tables
 from harness.contestant import Contestant
+from harness.protocol import failure
 
 
 class Cpu:
@@ -20,6 +21,10 @@ class Cpu:
 
     def missing(self) -> str | None:
         """Why nothing can be measured here, if so."""
+        return None
+
+    def lost(self) -> str | None:
+        """Why nothing more can be measured in this process, if so."""
         return None
 
     def start(self, threads: int, contestants: Sequence[Contestant]) -> str:
@@ -53,6 +58,14 @@ class Gpu:
     def missing(self) -> str | None:
         return None if torch.cuda.is_available() else "no GPU: torch finds none here"
 
+    def lost(self) -> str | None:
+        # A kernel that fails ends the CUDA context: from then on every call raises, this one too.
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError as error:
+            return failure(error)
+        return None
+
     def start(self, threads: int, contestants: Sequence[Contestant]) -> str:
         return tables.gpu_words(gpu_facts())
 
@@ -73,6 +86,9 @@ class Rehearsal(Gpu):
     """The GPU's contestants on the CPU: shows that the harness runs, and nothing else."""
 
     def missing(self) -> str | None:
+        return None
+
+    def lost(self) -> str | None:
         return None
 
     def start(self, threads: int, contestants: Sequence[Contestant]) -> str:

@@ -3,12 +3,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import gc
 import math
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from harness.contestant import Contestant, Unavailable
 from harness.oracle import STEPS, Check
 
 Say = Callable[[str, int, int], None]  # what goes on, rounds done, rounds wanted
+Lost = Callable[[], str | None]  # why the device no longer answers; None: it does
 
 MIN_ROUNDS = 5  # within twice the time of a case; beyond it one is enough
 _COLD_STEPS = 3  # of a sample: emptying the caches takes longer than most steps
@@ -72,14 +74,24 @@ class Entry:
         self.seconds.clear()
 
 
+class DeviceLost(Exception):
+    """The device answers nobody any more: nothing else can be measured in this process."""
+
+
+def never_lost() -> None:
+    """For contestants that share no device."""
+
+
 @dataclasses.dataclass
 class Measured:
     """A case with its entries; all entries that are `ok` have one sample for each round."""
 
     case: Any
     entries: list[Entry]
+    lost: Lost = never_lost
     rounds: int = 0
     interrupted: bool = False
+    lost_to: str = ""  # label of the contestant that took the device with it
 
     def times(self, key: str) -> np.ndarray | None:
         """Seconds per step of `key` in each round, None if it was not timed."""
@@ -93,6 +105,33 @@ class Measured:
     def running(self) -> list[Entry]:
         return [entry for entry in self.entries if entry.status == "ok"]
 
+    @contextlib.contextmanager
+    def may_end_early(self) -> Iterator[None]:
+        """Ctrl-C and the loss of the device end the block; the complete rounds are kept."""
+        try:
+            yield
+        except (KeyboardInterrupt, DeviceLost):
+            self.interrupted = True
+
+    @contextlib.contextmanager
+    def turn_of(self, entry: Entry) -> Iterator[None]:
+        """What fails in the block is the error of `entry`. Raises DeviceLost if the device did."""
+        try:
+            yield
+        except Exception as error:
+            entry.out("error", failure(error))
+        # After a success, too: a kernel may fail after its call has returned.
+        if reason := self.lost():
+            entry.out("error", entry.reason or reason)
+            self._lose_to(entry.contestant.label)
+            raise DeviceLost
+
+    def _lose_to(self, label: str) -> None:
+        self.lost_to = label
+        if not self.rounds:
+            for entry in self.running():
+                entry.out("error", f"the device was lost to {label}")
+
 
 def failure(error: Exception) -> str:
     lines = str(error).splitlines()
@@ -105,8 +144,10 @@ def measure(
     protocol: Protocol,
     say: Say,
     seconds: float = math.inf,
+    lost: Lost = never_lost,
 ) -> Measured:
-    """Times `contestants` on `case`. Ctrl-C ends it early with the rounds that are complete.
+    """Times `contestants` on `case`. Ctrl-C, or a contestant that takes the device with it, ends it
+    early with the rounds that are complete.
 
     Args:
         case: what to time.
@@ -115,21 +156,34 @@ def measure(
         say: told what goes on.
         seconds: for all of that: no further round begins after it once there are MIN_ROUNDS, nor
             after twice as long once there is one.
+        lost: asked after each turn whether the device that they share still answers.
     """
-    measured = Measured(case, [Entry(contestant) for contestant in contestants])
+    measured = Measured(case, [Entry(contestant) for contestant in contestants], lost)
     began = time.monotonic()
     try:
-        _check_all(measured, protocol, say)
-        _warm_up_all(measured, protocol, say)
-        _time_rounds(measured, protocol, say, began, seconds)
-    except KeyboardInterrupt:
-        measured.interrupted = True
+        with measured.may_end_early():
+            _check_all(measured, protocol, say)
+            _warm_up_all(measured, protocol, say)
+            _time_rounds(measured, protocol, say, began, seconds)
     finally:
-        for entry in measured.entries:
-            entry.contestant.release()
+        _release_all(measured)
         gc.unfreeze()
         gc.collect()
     return measured
+
+
+def _release_all(measured: Measured) -> None:
+    for entry in measured.entries:
+        if measured.lost():
+            return  # it gives nothing back any more
+        _release(entry)
+
+
+def _release(entry: Entry) -> None:
+    try:
+        entry.contestant.release()
+    except Exception as error:
+        entry.out("error", failure(error))
 
 
 def _check_all(measured: Measured, protocol: Protocol, say: Say) -> None:
@@ -139,7 +193,10 @@ def _check_all(measured: Measured, protocol: Protocol, say: Say) -> None:
     oracle = measured.case.make_oracle(data)
     for entry in measured.entries:
         say(f"check: {entry.contestant.label}", 0, protocol.rounds)
-        _prepare_and_check(entry, data, oracle)
+        with measured.turn_of(entry):
+            _prepare_and_check(entry, data, oracle)
+        if entry.status != "ok":
+            _release(entry)
     del data, oracle
     gc.collect()
     gc.freeze()  # what lives now is not looked at again by a collection between samples
@@ -158,24 +215,18 @@ def _prepare_and_check(entry: Entry, data: Any, oracle: Any) -> None:
         entry.out("unavailable", str(error))
     except AssertionError as error:
         entry.out("wrong", str(error))
-    except Exception as error:
-        entry.out("error", failure(error))
-    if entry.status != "ok":
-        contestant.release()
 
 
 def _warm_up_all(measured: Measured, protocol: Protocol, say: Say) -> None:
     for entry in measured.running():
         say(f"warm-up: {entry.contestant.label}", 0, protocol.rounds)
-        try:
+        with measured.turn_of(entry):
             if protocol.cold:
                 entry.steps_per_sample = _COLD_STEPS
                 _sample(entry, protocol)
             else:
                 _warm_up(entry, protocol.batch_seconds)
             entry.facts = entry.contestant.describe()
-        except Exception as error:
-            entry.out("error", failure(error))
         time.sleep(entry.contestant.settle_seconds)
 
 
@@ -227,15 +278,14 @@ def _time_rounds(
         turns = measured.running()
         order.shuffle(turns)
         for entry in turns:
-            try:
+            with measured.turn_of(entry):
                 entry.seconds.append(_timed_turn(entry, protocol))
-            except Exception as error:
-                entry.out("error", failure(error))
             time.sleep(entry.contestant.settle_seconds)
         measured.rounds += 1
         say("rounds", measured.rounds, protocol.rounds)
 
     for entry in measured.running():
-        loss = entry.contestant.last_loss()
-        if loss is not None and not math.isfinite(loss):
-            entry.out("wrong", f"the loss became {loss} while it was timed")
+        with measured.turn_of(entry):
+            loss = entry.contestant.last_loss()
+            if loss is not None and not math.isfinite(loss):
+                entry.out("wrong", f"the loss became {loss} while it was timed")
