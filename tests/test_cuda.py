@@ -59,6 +59,51 @@ def test_each_shape_takes_the_plan_it_stands_for(plan):
     assert_trains_like_plain(problem, plans=(plan,))
 
 
+# One-pass on the units that multiply matrices: a warp and several for a row, 8, 16 and 32 outputs,
+# rows of x that end within a step, and its smallest width.
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "shape",
+    [(1_001, 64, 8), (1_003, 520, 5), (1_500, 264, 16), (2_500, 200, 32)],
+    ids=str,
+)
+@pytest.mark.parametrize("options", [{}, MOMENTUM], ids=["bare", "momentum"])
+def test_more_outputs_of_16_bit_in_one_pass_train_like_plain(shape, dtype, options):
+    problem = Problem.random(*shape, dtype=dtype, options=options).stable()
+    assert_trains_like_plain(problem, plans=("one-pass",))
+
+
+def test_widest_rows_of_16_bit_in_one_pass_train_like_plain():
+    problem = Problem.random(3_800, 4096, 3, dtype=torch.bfloat16, options=MOMENTUM).stable()
+    assert_trains_like_plain(problem, steps=1, plans=("one-pass",))
+
+
+def test_rows_of_16_bit_that_begin_anywhere_train_like_plain():
+    problem = Problem.random(3_001, 72, 6, dtype=torch.bfloat16)
+    base = torch.zeros(3_001, 75, dtype=torch.bfloat16)
+    rows = base[:, 1:73]
+    rows.copy_(problem.input)
+    assert_trains_like_plain(dataclasses.replace(problem, input=rows), plans=("one-pass",))
+
+
+@pytest.mark.parametrize(
+    ("shape", "words"),
+    [
+        ((9_001, 64, 33), "up to 32 outputs of a BFloat16 input, the layer has 33"),
+        ((9_001, 68, 5), "multiple of 8 columns, from 64 to 4096"),
+        ((9_001, 2056, 9), "multiple of 8 columns, from 64 to 2048"),
+        ((200, 4096, 8), "enough rows to share out"),
+    ],
+    ids=str,
+)
+def test_more_outputs_of_16_bit_than_one_pass_serves_say_why(shape, words):
+    problem = Problem.random(*shape, dtype=torch.bfloat16)
+    _, step = trainer(problem)
+    step(problem.input, problem.target)
+    assert step.plan == "gemm"
+    assert words in step.explain(problem.input, problem.target)
+
+
 # --- launches -----------------------------------------------------------------------------------
 
 

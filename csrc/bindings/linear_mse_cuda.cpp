@@ -93,7 +93,7 @@ void compute(LinearMseBatch& b, c10::cuda::CUDAStream stream) {
   const LinearShape shape = b.shape();
   const cuda::Plan plan =
       cuda::choose_gradient_plan(shape, static_cast<int64_t>(b.x.element_size()),
-                                 static_cast<int64_t>(b.weight.element_size()));
+                                 static_cast<int64_t>(b.weight.element_size()), b.dx.defined());
   // One-pass has each residual in registers only, and without columns there is nothing to pass.
   const bool dx_waits_widened = b.dx.defined() && b.dx.scalar_type() != b.x.scalar_type();
   const bool by_gemm =

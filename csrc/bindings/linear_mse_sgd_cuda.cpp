@@ -383,10 +383,18 @@ std::string why_no_deeper_on_cuda(const LinearSgdState& state, at::ScalarType in
     case Plan::kGemm:
       break;
   }
-  const int64_t most = cuda::one_pass_outputs(static_cast<int64_t>(c10::elementSize(input_type)));
+  const int64_t few = cuda::one_pass_outputs(static_cast<int64_t>(c10::elementSize(input_type)));
+  const bool by_mma = c10::elementSize(input_type) == 2 && input_type == state.weight.scalar_type();
+  const int64_t most = by_mma ? cuda::kMaxMmaOutputs : few;
   if (O > most) {
     return "one-pass serves up to " + std::to_string(most) + " outputs of a " +
            toString(input_type) + " input, the layer has " + std::to_string(O);
+  }
+  if (O > few) {
+    return "one-pass serves " + std::to_string(O) + " outputs of a " + toString(input_type) +
+           " input where a row has a multiple of 8 columns, from " +
+           std::to_string(cuda::kMinMmaColumns) + " to " + std::to_string(cuda::mma_columns(O)) +
+           ", and there are enough rows to share out";
   }
   return "a row is too long for one-pass, or empty, or there are too few rows to share out";
 }

@@ -19,6 +19,11 @@ struct Float16 {
   uint16_t bits;
 };
 
+template <typename T>
+constexpr bool kIsFloat16 = false;
+template <>
+inline constexpr bool kIsFloat16<Float16> = true;
+
 // What arithmetic on values stored as T is done in.
 template <typename T>
 struct AccumOf {

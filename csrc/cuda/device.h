@@ -7,6 +7,8 @@
 
 #include <cstdint>
 
+#include "core/float16.h"
+
 // An array in dynamic shared memory, aligned to 16.
 #define FUSED_STEP_DYNAMIC_SHARED(name) extern __shared__ __align__(16) unsigned char name[]
 
@@ -26,6 +28,15 @@ cudaError_t launch(void (*kernel)(Params...), dim3 grid, int threads, int64_t sh
   return cudaLaunchKernel(reinterpret_cast<const void*>(kernel), grid,
                           dim3(static_cast<unsigned>(threads)), pointers,
                           static_cast<size_t>(shared_bytes), stream);
+}
+
+// The most dynamic shared memory that a block may ask for on the current device, 0 if none answers.
+inline int64_t most_shared() {
+  int device = 0, bytes = 0;
+  const bool known = cudaGetDevice(&device) == cudaSuccess &&
+                     cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin,
+                                            device) == cudaSuccess;
+  return known ? bytes : 0;
 }
 
 // What a launch can take by value, and what it can where takes_large_arguments().
@@ -72,5 +83,63 @@ template <int kPending>
 __device__ __forceinline__ void copy_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
+
+// Four matrices of 8 x 8 16-bit elements from shared memory, by all lanes of a warp together. Lane
+// 8 m + r names row r of matrix m: 16 adjacent bytes, aligned to 16. Word m of lane 4 g + t is then
+// elements 2 t and 2 t + 1 of row g of matrix m, or, transposed, of its column g; the first is in
+// the low half.
+template <bool kTransposed>
+__device__ __forceinline__ void load_matrices(unsigned (&to)[4], const void* row) {
+  const unsigned from = static_cast<unsigned>(__cvta_generic_to_shared(row));
+  if constexpr (kTransposed) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+                 : "r"(from)
+                 : "memory");
+  } else {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+                 : "r"(from)
+                 : "memory");
+  }
+}
+
+// d[16, 8] += a[16, K] b[K, 8], in float, by all lanes of a warp together; X is BFloat16 or
+// Float16. Lane 4 g + t holds of d: row g, columns 2 t and 2 t + 1, then the same of row g + 8; of
+// a, two elements to a word: row g, columns 2 t and 2 t + 1, row g + 8 likewise, then both of
+// columns further on by 8; of b: column g, rows 2 t and 2 t + 1, then rows further on by 8. At K =
+// 8 there is nothing further on.
+#define FUSED_STEP_MMA_16(type)                                              \
+  asm("mma.sync.aligned.m16n8k16.row.col.f32." type "." type                 \
+      ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};" \
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                       \
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]))
+#define FUSED_STEP_MMA_8(type)                                   \
+  asm("mma.sync.aligned.m16n8k8.row.col.f32." type "." type      \
+      ".f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};" \
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])           \
+      : "r"(a[0]), "r"(a[1]), "r"(b[0]))
+template <typename X>
+__device__ __forceinline__ void multiply_add(float (&d)[4], const unsigned (&a)[4],
+                                             const unsigned (&b)[2]) {
+  static_assert(sizeof(X) == 2);
+  if constexpr (kIsFloat16<X>) {
+    FUSED_STEP_MMA_16("f16");
+  } else {
+    FUSED_STEP_MMA_16("bf16");
+  }
+}
+template <typename X>
+__device__ __forceinline__ void multiply_add(float (&d)[4], const unsigned (&a)[2],
+                                             const unsigned (&b)[1]) {
+  static_assert(sizeof(X) == 2);
+  if constexpr (kIsFloat16<X>) {
+    FUSED_STEP_MMA_8("f16");
+  } else {
+    FUSED_STEP_MMA_8("bf16");
+  }
+}
+#undef FUSED_STEP_MMA_16
+#undef FUSED_STEP_MMA_8
 
 }  // namespace fused_step::cuda

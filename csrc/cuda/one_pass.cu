@@ -81,30 +81,35 @@ cudaError_t launch_for(const OnePassArgs<X, P>& a, cudaStream_t stream) {
   return launch_for_outputs<X, P, kVectors, 2>(a, stream);
 }
 
-// Whether every row of x, and of dx, begins and ends at a multiple of 16 bytes.
 template <typename X, typename P>
-bool takes_vectors(const OnePassArgs<X, P>& a) {
-  constexpr int64_t kSize = sizeof(X);
-  return is_aligned(a.batch.x, kVectorBytes) && is_aligned(a.dx, kVectorBytes) &&
-         a.batch.x_stride * kSize % kVectorBytes == 0 && a.shape.I * kSize % kVectorBytes == 0;
+constexpr bool takes_mma(const LinearShape& s) {
+  return fits_mma(s.I, s.O, sizeof(X), sizeof(P));
+}
+
+template <typename X, typename P>
+Chunks chunks_for(const LinearShape& s) {
+  return takes_mma<X, P>(s) ? mma_chunks(s) : one_pass_chunks(s);
 }
 
 }  // namespace
 
 template <typename X, typename P>
 cudaError_t launch_one_pass(OnePassArgs<X, P> a, cudaStream_t stream) {
+  a.chunks = chunks_for<X, P>(a.shape);
+  a.partial_bytes = partial_bytes(a.shape.I, a.shape.O, sizeof(Accum<P>));
+  a.dweight_at = partial_dweight_at(a.shape.O);
+  if constexpr (sizeof(P) == 2) {  // and so x, of the same type
+    if (takes_mma<X, P>(a.shape)) return launch_one_pass_mma(a, stream);
+  }
   if (!fits_one_pass(a.shape.I, a.shape.O, sizeof(X), sizeof(Accum<P>))) {
     return cudaErrorInvalidValue;
   }
-  a.chunks = one_pass_chunks(a.shape);
-  a.partial_bytes = partial_bytes(a.shape.I, a.shape.O, sizeof(Accum<P>));
-  a.dweight_at = partial_dweight_at(a.shape.O);
   return takes_vectors(a) ? launch_for<X, P, true>(a, stream) : launch_for<X, P, false>(a, stream);
 }
 
 template <typename X, typename P>
 int64_t one_pass_workspace(const LinearShape& shape) {
-  return one_pass_chunks(shape).count * partial_bytes(shape.I, shape.O, sizeof(Accum<P>));
+  return chunks_for<X, P>(shape).count * partial_bytes(shape.I, shape.O, sizeof(Accum<P>));
 }
 
 #define FUSED_STEP_INSTANTIATE(X, P)                                                \

@@ -111,7 +111,7 @@ __global__ void __launch_bounds__(kRowsThreads,
        --steps) {
     Slice<S> slice = next;
     const int left = rows.left;
-    rows.template advance<S::kRows>();
+    rows.advance(S::kRows);
     read_slice<S>(rows, lane, I, O, next);
     add_slice<S>(
         slice, left, teams, w, bias, a.dy_scale, lane, I, O,

@@ -5,6 +5,7 @@
 #include "cuda/launch.h"
 #include "cuda/policy.h"
 #include "cuda/sgd.cuh"
+#include "cuda/vector.cuh"
 
 namespace fused_step::cuda {
 
@@ -32,5 +33,17 @@ struct OnePassArgs {
 
 template <typename X, typename P>
 cudaError_t launch_one_pass(OnePassArgs<X, P> args, cudaStream_t stream);
+
+// On the units that multiply matrices, where fits_mma(); chunks are mma_chunks(), dx is null.
+template <typename X>
+cudaError_t launch_one_pass_mma(const OnePassArgs<X, X>& args, cudaStream_t stream);
+
+// Whether every row of x, and of dx, begins and ends at a multiple of 16 bytes.
+template <typename X, typename P>
+bool takes_vectors(const OnePassArgs<X, P>& a) {
+  constexpr int64_t kSize = sizeof(X);
+  return is_aligned(a.batch.x, kVectorBytes) && is_aligned(a.dx, kVectorBytes) &&
+         a.batch.x_stride * kSize % kVectorBytes == 0 && a.shape.I * kSize % kVectorBytes == 0;
+}
 
 }  // namespace fused_step::cuda

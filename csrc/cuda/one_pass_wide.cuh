@@ -100,7 +100,7 @@ class RingFeed {
       }
     }
     copy_async_commit();
-    ahead_.template advance<S::kRows>();
+    ahead_.advance(S::kRows);
     filling_ = after(filling_);
   }
 
@@ -132,7 +132,7 @@ class RegisterFeed {
 #pragma unroll
       for (int v = 0; v < S::kVecs; ++v) x[r][v] = next_[r][v];
     }
-    ahead_.template advance<S::kRows>();
+    ahead_.advance(S::kRows);
     read_x<S>(ahead_, lane_, I_, next_);
   }
   __device__ __forceinline__ void drain() {}
@@ -182,7 +182,7 @@ __global__ void __launch_bounds__(kWideThreads, Feed::kBlocks)
   for (int step = 0; step < steps; ++step) {
     const int left = rows.left;
     const A target = static_cast<A>(widen(next_target));
-    rows.template advance<S::kRows>();
+    rows.advance(S::kRows);
     next_target = read_target();
     Word<X, S::kV> stored[S::kRows][S::kVecs];
     feed.read(left, stored);

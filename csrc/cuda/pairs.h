@@ -11,6 +11,11 @@
   M(BFloat16, float)                \
   M(Float16, float)
 
+// M(X) for each that the matrix units multiply: the type of x, of parameters and of targets.
+#define FUSED_STEP_FOR_EACH_MMA(M) \
+  M(BFloat16)                      \
+  M(Float16)
+
 // M(P, Buf) for each storage of the optimizer: the type of parameters and their gradients, and that
 // of their momentum buffers.
 #define FUSED_STEP_FOR_EACH_STORAGE(M) \

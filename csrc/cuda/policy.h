@@ -76,6 +76,56 @@ constexpr int64_t wide_columns(int64_t O, int64_t accum_bytes) {
   return kWideThreads * wide_lane_columns(output_capacity(O), accum_bytes);
 }
 
+// On the units that multiply matrices, for x, W and target of one 16-bit type: 8 warps of a block
+// have 512 columns of up to 8 outputs each, 256 of up to 16 or 128 of up to 32, which is 128
+// registers of dW and 64 of W in each lane. x comes through shared memory, 8 rows to a stage. Three
+// stages are 192 KiB with up to 8 outputs; GPUs that have less take two, or one, which then waits
+// for each of its rows.
+constexpr int kMmaThreads = 256;
+constexpr int kMmaWarps = kMmaThreads / kWarp;
+constexpr int kMmaRows = 8;     // of x, one product takes
+constexpr int kMmaOutputs = 8;  // likewise
+constexpr int kMmaColumns = 512;
+constexpr int kMaxMmaStages = 3;
+constexpr int64_t kMaxMmaOutputs = 32;
+constexpr int mma_tiles(int64_t O) { return O <= 8 ? 1 : O <= 16 ? 2 : 4; }
+constexpr int64_t mma_columns(int64_t O) { return kMmaWarps * kMmaColumns / mma_tiles(O); }
+// The warps that share a row.
+constexpr int mma_team(int64_t I, int64_t O) {
+  int warps = 1;
+  while (warps * kMmaColumns / mma_tiles(O) < I) warps *= 2;
+  return warps;
+}
+constexpr int64_t mma_step_rows(int64_t I, int64_t O) {
+  return kMmaRows * (kMmaWarps / mma_team(I, O));
+}
+constexpr int mma_ring_bytes(int tiles, int stages) {
+  return 2 * stages * kMmaWarps * kMmaRows * (kMmaColumns / tiles);
+}
+// Half of a block's dW, where teams are added.
+constexpr int64_t kMmaTeamSums = int64_t{4} * (kMmaWarps / 2) * kMmaOutputs * kMmaColumns;
+constexpr int64_t mma_shared_bytes(int tiles, int stages, int team) {
+  const int64_t sums = int64_t{8} * (1 + tiles) * kMmaThreads;
+  const int64_t products = team > 1 ? int64_t{2} * kMmaWarps * tiles * kWarp * 8 : 0;
+  return sums +
+         at_least(mma_ring_bytes(tiles, stages) + products, team < kMmaWarps ? kMmaTeamSums : 0);
+}
+// What the ordered sum has beside it, and more than that.
+constexpr int64_t kStaticShared = 256;
+constexpr int mma_stages(int tiles, int team, int64_t most_shared) {
+  int stages = kMaxMmaStages;
+  while (stages > 1 && mma_shared_bytes(tiles, stages, team) + kStaticShared > most_shared)
+    --stages;
+  return stages;
+}
+// Rows of fewer columns leave too little on its way: at 64 it is 24 KiB. Where rows begin at any
+// element, each would be copied by itself.
+constexpr int64_t kMinMmaColumns = 64;
+constexpr bool fits_mma(int64_t I, int64_t O, int64_t x_bytes, int64_t param_bytes) {
+  return x_bytes == 2 && param_bytes == 2 && O > one_pass_outputs(x_bytes) && O <= kMaxMmaOutputs &&
+         I >= kMinMmaColumns && I % 8 == 0 && I <= mma_columns(O);
+}
+
 // A chunk is the work of one block. 8 rounds of the 396 blocks that an H200 holds at once: however
 // many another GPU holds, the last round, which may be partly empty, is one of many.
 constexpr int64_t kOneRound = rows_blocks(true, 1, 2) * 132;
@@ -112,16 +162,29 @@ constexpr int64_t group_size(int64_t chunks) {
   return size;
 }
 
-constexpr Chunks one_pass_chunks(const LinearShape& s) {
+// As many as `wanted`, or fewer; all but the last have a multiple of `unit` rows.
+constexpr Chunks chunks_of(const LinearShape& s, int64_t wanted, int64_t unit) {
   const int64_t by_partials = s.B / min_chunk_rows(s.I, s.O);
-  const int64_t by_work = chunks_by_work(s.B * s.I);
-  const int64_t wanted = at_least(1, at_most(at_most(by_work, by_partials), kMaxChunks));
   Chunks c{};
-  c.rows = at_least(1, ceil_div(s.B, wanted));
+  c.rows = round_up(
+      at_least(1, ceil_div(s.B, at_least(1, at_most(at_most(wanted, by_partials), kMaxChunks)))),
+      unit);
   c.count = at_least(1, ceil_div(s.B, c.rows));
   c.group = group_size(c.count);
   c.groups = ceil_div(c.count, c.group);
   return c;
+}
+
+constexpr Chunks one_pass_chunks(const LinearShape& s) {
+  return chunks_of(s, chunks_by_work(s.B * s.I), 1);
+}
+
+// One block is on a multiprocessor at a time. More rounds of an H200's 132 share the work out
+// better on other GPUs, but the sums of a chunk, up to 128 KiB, are to be a 64th of its x.
+constexpr int64_t kMmaRound = 132;
+constexpr Chunks mma_chunks(const LinearShape& s) {
+  const int64_t rounds = s.B * 2 / (64 * 4 * at_least(1, s.O) * kMmaRound);
+  return chunks_of(s, kMmaRound * at_least(1, at_most(rounds, 8)), mma_step_rows(s.I, s.O));
 }
 
 // Groups, and one for all of them.
@@ -242,18 +305,22 @@ constexpr Plan choose_plan(const LinearShape& s, int64_t x_bytes, int64_t param_
       s.B <= kTinyPasses * tiny_rows_per_pass(s.I, s.O, accum_bytes)) {
     return Plan::kTiny;
   }
-  if (!fits_one_pass(s.I, s.O, x_bytes, accum_bytes)) return Plan::kGemm;
-  const int64_t chunks = one_pass_chunks(s).count;
+  const bool by_mma = fits_mma(s.I, s.O, x_bytes, param_bytes);
+  if (!by_mma && !fits_one_pass(s.I, s.O, x_bytes, accum_bytes)) return Plan::kGemm;
+  const int64_t chunks = by_mma ? mma_chunks(s).count : one_pass_chunks(s).count;
   const bool idle = chunks < kFewChunks && s.B * s.I * x_bytes > chunks * kMaxBytesOfFewChunks;
   return idle ? Plan::kGemm : Plan::kOnePass;
 }
 
-// For a loss and its gradients, which tiny does not make.
-constexpr Plan choose_gradient_plan(const LinearShape& s, int64_t x_bytes, int64_t param_bytes) {
+// For a loss and its gradients, which tiny does not make, nor one-pass on the matrix units dx.
+constexpr Plan choose_gradient_plan(const LinearShape& s, int64_t x_bytes, int64_t param_bytes,
+                                    bool needs_dx) {
+  if (needs_dx && fits_mma(s.I, s.O, x_bytes, param_bytes)) return Plan::kGemm;
   const Plan plan = choose_plan(s, x_bytes, param_bytes);
   if (plan != Plan::kTiny) return plan;
-  return fits_one_pass(s.I, s.O, x_bytes, accum_bytes_of(param_bytes)) ? Plan::kOnePass
-                                                                       : Plan::kGemm;
+  const bool fits = fits_mma(s.I, s.O, x_bytes, param_bytes) ||
+                    fits_one_pass(s.I, s.O, x_bytes, accum_bytes_of(param_bytes));
+  return fits ? Plan::kOnePass : Plan::kGemm;
 }
 
 // Whether a product of W's shape has a tile of 128 x 128 for each multiprocessor of an H200. If

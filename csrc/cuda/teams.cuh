@@ -59,12 +59,11 @@ struct RowSet {
         left(count) {}
 
   __device__ __forceinline__ bool has(int r) const { return r * step < left; }
-  // On by as many rows as kCount of those at hand.
-  template <int kCount>
-  __device__ __forceinline__ void advance() {
-    x += kCount * x_step;
-    target += kCount * target_step;
-    left -= kCount * step;
+  // On by as many rows as `count` of those at hand.
+  __device__ __forceinline__ void advance(int count) {
+    x += count * x_step;
+    target += count * target_step;
+    left -= count * step;
   }
 };
 

@@ -88,7 +88,7 @@ __global__ void __launch_bounds__(kTinyThreads, 1)
       Slice<S> slice;
       read_slice<S>(rows, lane, I, O, slice);
       add_slice<S>(slice, rows.left, teams, w, b, dy_scale, lane, I, O, no_dx, sums);
-      rows.template advance<S::kRows>();
+      rows.advance(S::kRows);
     }
     leave_sums<S, kWarps>(sums, lane, warp_sums);
     __syncthreads();  // also: all have read W of this step

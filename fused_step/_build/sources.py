@@ -25,6 +25,7 @@ CUDA_SOURCES = (
     "cuda/grad_norm.cu",
     "cuda/one_pass.cu",
     "cuda/one_pass_grad.cu",
+    "cuda/one_pass_mma.cu",
     "cuda/one_pass_step.cu",
     "cuda/put.cu",
     "cuda/residual.cu",

@@ -28,6 +28,29 @@ TEST(chunks_cover_every_row_once_and_keep_to_their_limits) {
   }
 }
 
+TEST(chunks_of_matrix_units_are_whole_steps_and_keep_to_their_limits) {
+  for (const int64_t O : {3, 8, 9, 16, 32}) {
+    for (int64_t I = kMinMmaColumns; I <= mma_columns(O); I += 8 + I / 64 * 8) {
+      const int team = mma_team(I, O);
+      describe("I %lld O %lld", static_cast<long long>(I), static_cast<long long>(O));
+      check(team <= kMmaWarps && team * kMmaColumns / mma_tiles(O) >= I, "a team too small");
+      // The smallest GPUs, an A100, an H200.
+      const int tiles = mma_tiles(O);
+      check(mma_shared_bytes(tiles, 1, team) + kStaticShared <= 99 * 1024, "no room for a stage");
+      check(mma_stages(tiles, team, 163 * 1024) >= 2, "one stage where there is room for two");
+      check(mma_stages(tiles, team, 227 * 1024) == 3, "fewer stages than there is room for");
+      for (int64_t B = 1; B < (int64_t{1} << 33); B = B * 2 + 1) {
+        const Chunks c = mma_chunks({B, I, O});
+        check(c.rows % mma_step_rows(I, O) == 0, "rows");
+        check(c.count >= 1 && c.count <= kMaxChunks && c.groups <= kMaxGroups, "count");
+        check(c.count * c.rows >= B && (c.count - 1) * c.rows < B, "rows");
+        if (c.count == 1) continue;
+        check(c.count * partial_bytes(I, O, 4) * 8 <= B * I * 2, "partial sums");
+      }
+    }
+  }
+}
+
 TEST(residual_grid_covers_every_row_and_column) {
   for (const int64_t O : {0, 1, 9, 255, 256, 257, 1000, 100000}) {
     for (int64_t B = 0; B < (int64_t{1} << 33); B = B * 2 + 1) {
@@ -52,24 +75,34 @@ TEST(plan_follows_the_sizes) {
   check(choose_plan({1 << 20, 1024, 4}, 4, 4) == Plan::kOnePass, "4 outputs");
   check(choose_plan({1 << 20, 1024, 5}, 4, 4) == Plan::kGemm, "5 outputs");
   check(choose_plan({1 << 20, 1024, 2}, 2, 2) == Plan::kOnePass, "2 outputs of 16 bit");
-  check(choose_plan({1 << 20, 1024, 3}, 2, 2) == Plan::kGemm, "3 outputs of 16 bit");
+  check(choose_plan({1 << 20, 1024, 3}, 2, 2) == Plan::kOnePass, "3 outputs of 16 bit");
+  check(choose_plan({1 << 20, 1024, 3}, 2, 4) == Plan::kGemm, "3 outputs of 16-bit x, W in float");
+  check(choose_plan({262144, 4096, 8}, 2, 2) == Plan::kOnePass, "8 outputs of 16 bit");
+  check(choose_plan({262144, 4096, 9}, 2, 2) == Plan::kGemm, "9 outputs, wide");
+  check(choose_plan({1 << 20, 1024, 32}, 2, 2) == Plan::kOnePass, "32 outputs of 16 bit");
+  check(choose_plan({1 << 20, 1001, 8}, 2, 2) == Plan::kGemm, "rows that begin anywhere");
+  check(choose_plan({8192, 4096, 8}, 2, 2) == Plan::kGemm, "60 blocks with a megabyte each");
   check(choose_plan({4096, 256, 1}, 4, 4) == Plan::kOnePass, "4096 x 256");
   check(choose_plan({1024, 1024, 4}, 4, 4) == Plan::kGemm, "15 blocks with 273 KiB each");
   check(choose_plan({1 << 20, 100000, 1}, 4, 4) == Plan::kGemm, "wide");
   check(choose_plan({1, 100000, 100}, 4, 4) == Plan::kGemm, "wide, one row");
   // What a plan is chosen for, its launcher takes.
   for (const int64_t bytes : {2, 4, 8}) {
-    for (int64_t O = 0; O <= 10; ++O) {
-      for (int64_t I = 0; I <= 5000; I += 1 + I / 7) {
+    for (int64_t O = 0; O <= 34; ++O) {
+      for (int64_t I = 0; I <= 5000; I += I < 100 || I % 8 != 0 ? 1 : 8 + I / 56 * 8) {
         const int64_t accum = accum_bytes_of(bytes);
         for (const int64_t B : {0, 1, 100, 100000}) {
           const Plan plan = choose_plan({B, I, O}, bytes, bytes);
           if (plan == Plan::kTiny) check(fits_tiny(I, O, accum), "tiny");
-          if (plan == Plan::kOnePass) check(fits_one_pass(I, O, bytes, accum), "one-pass");
-          const Plan of_gradients = choose_gradient_plan({B, I, O}, bytes, bytes);
-          check(of_gradients != Plan::kTiny, "tiny makes no gradients");
-          if (of_gradients == Plan::kOnePass) {
-            check(fits_one_pass(I, O, bytes, accum), "one-pass for gradients");
+          const bool by_mma = fits_mma(I, O, bytes, bytes);
+          const bool fits = fits_one_pass(I, O, bytes, accum) || by_mma;
+          if (plan == Plan::kOnePass) check(fits, "one-pass");
+          for (const bool needs_dx : {false, true}) {
+            const Plan of_gradients = choose_gradient_plan({B, I, O}, bytes, bytes, needs_dx);
+            check(of_gradients != Plan::kTiny, "tiny makes no gradients");
+            if (of_gradients == Plan::kOnePass) {
+              check(fits && !(by_mma && needs_dx), "one-pass for gradients");
+            }
           }
         }
       }

@@ -266,11 +266,14 @@ struct ReferenceLayer {
       weight_options.lr = bias_options.lr = static_cast<double>(*layer.lr());
   }
 
+  // `dy_error`: relative, of a kernel that rounds dy on its way.
   template <typename X>
-  Bound<P> step(const Data<X, P>& data, int64_t first, int64_t count, Reduction reduction) {
+  Bound<P> step(const Data<X, P>& data, int64_t first, int64_t count, Reduction reduction,
+                long double dy_error = 0) {
     const long double scale = loss_scale(reduction, count, data.O);
-    const Gradients<P> g =
-        reference_gradients(data, first, count, weight, bias, Bound<P>(2 * scale));
+    Bound<P> dy_scale(2 * scale);
+    dy_scale.e += 2 * scale * dy_error;
+    const Gradients<P> g = reference_gradients(data, first, count, weight, bias, dy_scale);
     apply(weight, weight_buf, weight_options, g.dweight);
     apply(bias, bias_buf, bias_options, g.dbias);
     return (g.loss * Bound<P>(scale)).rounded();
@@ -354,3 +357,10 @@ inline bool takes(uint64_t k) { return hash(k, 31) % share.of == share.part; }
     FUSED_STEP_FOR_EACH_PARAM(CALL_FOR_PARAM)                            \
   } while (false)
 #define CALL_FOR_PARAM(P) for_param(P{});
+// f<X>(arguments) for every type that the matrix units multiply.
+#define FOR_EACH_MMA(f, ...)                                            \
+  do {                                                                  \
+    const auto for_type = [&](auto x) { f<decltype(x)>(__VA_ARGS__); }; \
+    FUSED_STEP_FOR_EACH_MMA(CALL_FOR_MMA)                               \
+  } while (false)
+#define CALL_FOR_MMA(X) for_type(X{});

@@ -81,7 +81,6 @@ namespace {
 
 constexpr size_t kStackBytes = 96 * 1024;  // below what malloc takes from the system each time
 constexpr int64_t kSharedWithoutAsking = 48 * 1024;
-constexpr int64_t kMaxShared = 99 * 1024;  // of the smallest supported GPUs, sm_86 and sm_89
 constexpr int kMaxBlockThreads = 1024;
 
 [[noreturn]] void fail(const char* message, Site site = {"", 0}) {
@@ -154,6 +153,20 @@ void run(Fiber& t) {
   current = nullptr;
 }
 
+void do_together(Warp& w, const Fiber& last) {
+  if (w.live != 0xffffffffu) fail("a lane is missing where all of a warp are needed", last.site);
+  // Copies: of what lanes write themselves ThreadSanitizer would say that nothing orders it.
+  Given given;
+  Taken taken{};
+  for (int lane = 0; lane < 32; ++lane) {
+    __builtin_memcpy(given.lanes[lane], w.lanes[lane].given, kGivenBytes);
+  }
+  last.instruction(given, taken);
+  for (int lane = 0; lane < 32; ++lane) {
+    __builtin_memcpy(w.lanes[lane].taken, taken.lanes[lane], kTakenBytes);
+  }
+}
+
 // Lets the lanes of a warp go on if all that `t` names have come to the same place.
 bool complete(Fiber& t) {
   Warp& w = *t.warp;
@@ -166,15 +179,16 @@ bool complete(Fiber& t) {
       fail("lanes of a warp meet in different places or with different masks", t.site);
     }
   }
+  if (t.wait == Wait::kTogether) do_together(w, t);
   for (int lane = 0; lane < 32; ++lane) {
     if (!(expected >> lane & 1)) continue;
     Fiber& to = w.lanes[lane];
     if (to.wait == Wait::kShuffle) {
       // A lane that takes no part has nothing to give: all ones, a NaN.
       if (expected >> to.source & 1) {
-        __builtin_memcpy(to.taken, w.lanes[to.source].given, 16);
+        __builtin_memcpy(to.taken, w.lanes[to.source].given, kTakenBytes);
       } else {
-        __builtin_memset(to.taken, 0xff, 16);
+        __builtin_memset(to.taken, 0xff, kTakenBytes);
       }
     }
     to.wait = Wait::kNothing;
@@ -236,7 +250,8 @@ Schedule& schedule() {
   return s;
 }
 
-const char* const kWaitNames[] = {"nothing", "__syncthreads", "a shuffle", "__syncwarp"};
+const char* const kWaitNames[] = {"nothing", "__syncthreads", "a shuffle",
+                                  "an instruction of the whole warp", "__syncwarp"};
 
 [[noreturn]] void report_deadlock(const Block& b) {
   int shown = 0;
@@ -329,7 +344,7 @@ unsigned char* dynamic_shared() { return current->block->shared.get(); }
 void use_schedule(const char* name) { schedule() = Schedule(name); }
 
 bool allow_shared(const void* kernel, int64_t bytes) {
-  if (bytes > kMaxShared) return false;
+  if (bytes > most_shared) return false;
   allowed_shared()[kernel] = bytes;
   return true;
 }
@@ -382,6 +397,11 @@ void sync_warp(unsigned mask, Site site) {
 void shuffle(unsigned mask, int source, Site site) {
   self().source = source & 31;
   meet_warp(Wait::kShuffle, mask, site);
+}
+
+void all_lanes(Instruction instruction, Site site) {
+  self().instruction = instruction;
+  meet_warp(Wait::kTogether, 0xffffffffu, site);
 }
 
 void fence() {

@@ -8,6 +8,8 @@
   M(float, float)                   \
   M(BFloat16, BFloat16)
 
+#define FUSED_STEP_FOR_EACH_MMA(M) M(BFloat16)
+
 #define FUSED_STEP_FOR_EACH_STORAGE(M) \
   M(float, float)                      \
   M(BFloat16, BFloat16)                \

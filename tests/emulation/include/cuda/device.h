@@ -4,8 +4,10 @@
 // depending on the schedule.
 #pragma once
 
+#include <cstring>
 #include <tuple>
 
+#include "core/float16.h"
 #include "cuda_runtime_api.h"
 #include "emulation/builtins.h"
 #include "emulation/runtime.h"
@@ -36,6 +38,8 @@ cudaError_t launch(void (*kernel)(Params...), dim3 grid, int threads, int64_t sh
   return accepted ? cudaSuccess : cudaErrorInvalidValue;
 }
 
+inline int64_t most_shared() { return ::emulation::most_shared; }
+
 constexpr int64_t kArgumentBytes = 4096;
 constexpr int64_t kLargeArgumentBytes = 32764;
 
@@ -53,6 +57,75 @@ inline void copy_async_commit() { ::emulation::copy_async_commit(); }
 template <int kPending>
 void copy_async_wait() {
   ::emulation::copy_async_wait(kPending);
+}
+
+template <bool kTransposed>
+void load_matrices(unsigned (&to)[4], const void* row, EMULATION_SITE) {
+  ::emulation::check_aligned(row, 16, "ldmatrix");
+  ::emulation::together(row, to,
+                        [](const ::emulation::Given& given, ::emulation::Taken& taken) {
+                          for (int lane = 0; lane < 32; ++lane) {
+                            const int g = lane / 4, t = lane % 4;
+                            for (int m = 0; m < 4; ++m) {
+                              uint16_t pair[2];
+                              for (int k = 0; k < 2; ++k) {
+                                const int r = kTransposed ? 2 * t + k : g,
+                                          c = kTransposed ? g : 2 * t + k;
+                                const auto* from = given.as<const uint16_t*>(8 * m + r);
+                                pair[k] = from[c];
+                              }
+                              std::memcpy(taken.lanes[lane] + 4 * m, pair, 4);
+                            }
+                          }
+                        },
+                        {file, line});
+}
+
+// What a lane gives to a product: a and b, and d as it was.
+template <int kK>
+struct Factors {
+  unsigned a[kK / 4], b[kK / 8];
+  float d[4];
+};
+
+template <typename X, int kK>
+void multiply_add_of_warp(const ::emulation::Given& given, ::emulation::Taken& taken) {
+  const auto half = [](unsigned word, int k) {
+    return widen(X{static_cast<uint16_t>(word >> 16 * k)});
+  };
+  float a[16][kK], b[kK][8];
+  for (int lane = 0; lane < 32; ++lane) {
+    const int g = lane / 4, t = lane % 4;
+    const auto from = given.as<Factors<kK>>(lane);
+    for (int k = 0; k < 2; ++k) {
+      for (int w = 0; w < kK / 4; ++w) {
+        a[g + 8 * (w % 2)][2 * t + k + 8 * (w / 2)] = half(from.a[w], k);
+      }
+      for (int w = 0; w < kK / 8; ++w) b[2 * t + k + 8 * w][g] = half(from.b[w], k);
+    }
+  }
+  for (int lane = 0; lane < 32; ++lane) {
+    const auto from = given.as<Factors<kK>>(lane);
+    float d[4];
+    for (int k = 0; k < 4; ++k) {
+      const int row = lane / 4 + 8 * (k / 2), column = 2 * (lane % 4) + k % 2;
+      // Products are exact in float; in which order they are added, nobody says.
+      float sum = 0.0f;
+      for (int i = 0; i < kK; ++i) sum += a[row][i] * b[i][column];
+      d[k] = from.d[k] + sum;
+    }
+    std::memcpy(taken.lanes[lane], d, sizeof(d));
+  }
+}
+
+template <typename X, int kA, int kB>
+void multiply_add(float (&d)[4], const unsigned (&a)[kA], const unsigned (&b)[kB], EMULATION_SITE) {
+  static_assert(kA == 2 * kB);
+  Factors<8 * kB> given;
+  std::memcpy(given.a, a, sizeof(a));
+  std::memcpy(given.b, b, sizeof(b));
+  std::memcpy(given.d, d, sizeof(d));
+  ::emulation::together(given, d, multiply_add_of_warp<X, 8 * kB>, {file, line});
 }
 
 }  // namespace fused_step::cuda

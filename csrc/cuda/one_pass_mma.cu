@@ -1,0 +1,45 @@
+// SPDX-License-Identifier: MIT
+// One-pass on the units that multiply matrices: which kernel, and how many stages a GPU has room
+// for.
+#include "cuda/one_pass_mma.cuh"
+
+#include "cuda/one_pass.h"
+#include "cuda/pairs.h"
+
+namespace fused_step::cuda {
+namespace {
+
+template <typename X, int kTiles, bool kVectors>
+cudaError_t launch_tiles(const OnePassArgs<X, X>& a, cudaStream_t stream) {
+  const auto kernel = one_pass_mma_kernel<MmaPart<X, kTiles>, kVectors>;
+  const int team = mma_team(a.shape.I, a.shape.O);
+  const int stages = mma_stages(kTiles, team, most_shared());
+  const int64_t shared_bytes = mma_shared_bytes(kTiles, stages, team);
+  const cudaError_t error = allow_shared(kernel, shared_bytes);
+  if (error != cudaSuccess) return error;
+  return launch(kernel, dim3(static_cast<unsigned>(a.chunks.count)), kMmaThreads, shared_bytes,
+                stream, a, team, stages);
+}
+
+template <typename X, bool kVectors>
+cudaError_t launch_for(const OnePassArgs<X, X>& a, cudaStream_t stream) {
+  const int tiles = mma_tiles(a.shape.O);
+  if (tiles == 1) return launch_tiles<X, 1, kVectors>(a, stream);
+  if (tiles == 2) return launch_tiles<X, 2, kVectors>(a, stream);
+  return launch_tiles<X, 4, kVectors>(a, stream);
+}
+
+}  // namespace
+
+template <typename X>
+cudaError_t launch_one_pass_mma(const OnePassArgs<X, X>& a, cudaStream_t stream) {
+  if (a.dx != nullptr) return cudaErrorInvalidValue;
+  const bool vectors = takes_vectors(a) && is_aligned(a.weight, kVectorBytes);
+  return vectors ? launch_for<X, true>(a, stream) : launch_for<X, false>(a, stream);
+}
+
+#define FUSED_STEP_INSTANTIATE(X) \
+  template cudaError_t launch_one_pass_mma(const OnePassArgs<X, X>&, cudaStream_t);
+FUSED_STEP_FOR_EACH_MMA(FUSED_STEP_INSTANTIATE)
+
+}  // namespace fused_step::cuda
