@@ -3,8 +3,8 @@
 
     python3 tests/emulation/planted.py FOLDER [part of a name]
 
-Works in FOLDER, from the root of the repository. Each program is built for float alone. Without a
-mistake it must pass in every build, or nothing that follows would mean anything.
+Works in FOLDER, from the root of the repository. Each program is built for float, and one-pass
+for the matrix units' bfloat16 too. Without a mistake it must pass in every build, or nothing that follows would mean anything.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ KERNELS = [
     "grad_norm",
     "one_pass",
     "one_pass_grad",
+    "one_pass_mma",
     "one_pass_step",
     "put",
     "residual",
@@ -41,14 +42,16 @@ KERNELS = [
 TESTS = [
     "grad_norm_test",
     "main",
+    "one_pass_mma_test",
     "one_pass_test",
     "residual_test",
     "sgd_list_test",
     "sgd_update_test",
     "tiny_steps_test",
 ]
-ONE_PAIR = """#pragma once
-#define FUSED_STEP_FOR_EACH_PAIR(M) M(float, float)
+FEW_PAIRS = """#pragma once
+#define FUSED_STEP_FOR_EACH_PAIR(M) M(float, float) M(BFloat16, BFloat16)
+#define FUSED_STEP_FOR_EACH_MMA(M) M(BFloat16)
 #define FUSED_STEP_FOR_EACH_PARAM(M) M(float)
 #define FUSED_STEP_FOR_EACH_STORAGE(M) M(float, float)
 """
@@ -107,7 +110,7 @@ class Build:
         self.flags = SANITIZERS[name]
         include = self.folder / "include" / "cuda"
         include.mkdir(parents=True, exist_ok=True)
-        (include / "pairs.h").write_text(ONE_PAIR)
+        (include / "pairs.h").write_text(FEW_PAIRS)
         # The runtime is never instrumented for threads.
         runtime = ["-O2", *(["-DEMULATION_TSAN"] if name == "tsan" else self.flags)]
         jobs = {k: (CUDA / f"{k}.cu", ["-O1", *self.flags]) for k in KERNELS}
