@@ -2,8 +2,8 @@
 """A small set of steps through every kernel, for compute-sanitizer; each is checked in float64.
 
 Usage: compute-sanitizer python scripts/sanitizer_set.py [--device cuda]
-Sizes are odd ones, so that every kernel has a ragged end; batches are cut from larger tensors whose
-other elements are NaN, so that one read too many shows in the result, too.
+Sizes are odd ones, so that every kernel has a ragged end, and a few that vectors fit; batches are
+cut from larger tensors whose other elements are NaN, so that one read too many shows in the result.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 import fused_step
 
-# Of each plan, on CUDA: one block, a few blocks, many of them, a row wider than a warp takes, and
-# more outputs than one-pass serves.
+# Of each plan, on CUDA: one block, a few blocks, many of them, a row wider than a warp takes, more
+# outputs than one-pass serves. Then rows of whole vectors; in 16 bits, on the matrix units, by a
+# warp for each row and by two, with up to 8, 16 and 32 outputs.
 SHAPES = (
     (1, 1, 1),
     (37, 13, 1),
@@ -26,16 +27,31 @@ SHAPES = (
     (20_011, 37, 8),
     (257, 1_543, 1),
     (131, 67, 131),
+    (4_099, 64, 1),
+    (257, 2_048, 2),
+    (4_099, 72, 6),
+    (1_003, 520, 5),
+    (1_501, 264, 13),
+    (1_501, 136, 29),
 )
 OPTIONS = ({}, {"momentum": 0.9, "weight_decay": 0.01, "nesterov": True})
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
-def guarded(rows: int, columns: int, dtype: torch.dtype, device: str) -> Tensor:
-    """[rows, columns] of random numbers in a sea of NaN, with a stride of its own."""
-    sea = torch.full((rows + 2, columns + 3), float("nan"), dtype=dtype, device=device)
-    sea[1:-1, 1:-2] = torch.randn(rows, columns, device=device).to(dtype)
-    return sea[1:-1, 1:-2]
+def guarded(rows: int, columns: int, dtype: torch.dtype, device: str, aligned: bool) -> Tensor:
+    """[rows, columns] of random numbers in a sea of NaN, with a stride of its own.
+
+    Args:
+        rows: how many.
+        columns: likewise.
+        dtype: of the elements.
+        device: where they lie.
+        aligned: whether each row begins at a multiple of 8 elements.
+    """
+    before, after = (8, 16 - columns % 8) if aligned else (1, 2)
+    sea = torch.full((rows + 2, before + columns + after), float("nan"), dtype=dtype, device=device)
+    sea[1:-1, before:-after] = torch.randn(rows, columns, device=device).to(dtype)
+    return sea[1:-1, before:-after]
 
 
 def is_close(ours: Tensor, exact: Tensor, dtype: torch.dtype) -> bool:
@@ -64,9 +80,9 @@ def train(
 
 
 def check_step(
-    B: int, I: int, O: int, dtype: torch.dtype, options: dict, device: str
+    B: int, I: int, O: int, dtype: torch.dtype, options: dict, device: str, aligned: bool
 ) -> tuple[str | None, bool]:
-    x, t = guarded(B, I, dtype, device), guarded(B, O, dtype, device)
+    x, t = guarded(B, I, dtype, device, aligned), guarded(B, O, dtype, device, aligned)
     model = nn.Linear(I, O, device=device, dtype=dtype)
     exact_model = nn.Linear(I, O, device=device, dtype=torch.float64)
     with torch.no_grad():
@@ -77,14 +93,16 @@ def check_step(
     return plan, all(is_close(a, b, dtype) for a, b in zip(ours, exact, strict=True))
 
 
-def check_loss(B: int, I: int, O: int, dtype: torch.dtype, device: str) -> bool:
-    x, t = guarded(B, I, dtype, device), guarded(B, O, dtype, device)
+def check_loss(
+    B: int, I: int, O: int, dtype: torch.dtype, device: str, aligned: bool, needs_dx: bool
+) -> bool:
+    x, t = guarded(B, I, dtype, device, aligned), guarded(B, O, dtype, device, aligned)
     W, b = torch.randn(O, I, device=device).to(dtype), torch.randn(O, device=device).to(dtype)
 
     def evaluate(kind: torch.dtype, loss) -> list[Tensor]:
         tensors = [a.detach().to(kind).requires_grad_() for a in (x, W, b)]
         value = loss(*tensors, t.to(kind))
-        return [value.detach(), *torch.autograd.grad(value, tensors)]
+        return [value.detach(), *torch.autograd.grad(value, tensors[0 if needs_dx else 1 :])]
 
     ours = evaluate(dtype, lambda x, W, b, t: fused_step.linear_mse_loss(x, W, t, linear_bias=b))
     exact = evaluate(torch.float64, lambda x, W, b, t: F.mse_loss(F.linear(x, W, b), t))
@@ -126,13 +144,15 @@ def main() -> None:
     wrong, plans = [], set()
     for shape in SHAPES:
         for dtype in DTYPES:
+            aligned = shape[1] % 8 == 0
             for options in OPTIONS:
-                plan, good = check_step(*shape, dtype, options, device)
+                plan, good = check_step(*shape, dtype, options, device, aligned)
                 plans.add(str(plan))
                 if not good:
                     wrong.append(f"step {shape} {dtype} {options} {plan}")
-            if not check_loss(*shape, dtype, device):
-                wrong.append(f"loss {shape} {dtype}")
+            for needs_dx in (True, False):
+                if not check_loss(*shape, dtype, device, aligned, needs_dx):
+                    wrong.append(f"loss {shape} {dtype} needs_dx={needs_dx}")
         print(f"{shape}: done", flush=True)
     for dtype in DTYPES:
         for options in OPTIONS:

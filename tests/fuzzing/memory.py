@@ -144,7 +144,7 @@ DATA = Choice("data", ("random",), ("zeros", "ones", "nan", "inf", "large"))
 # What every case of a linear layer chooses.
 LINEAR = (
     Choice("B", (3, 1, 2, 4, 5, 8, 17, 33), (0, 64, 130, 700, 3000)),
-    Choice("I", (2, 1, 3, 4, 5, 8, 13, 16, 17), (0, 33, 70, 257)),
+    Choice("I", (2, 1, 3, 4, 5, 8, 13, 16, 17), (0, 33, 64, 70, 136, 257)),
     Choice("O", (1, 2, 3, 4, 5, 8, 9), (0, 16, 17, 32, 33, 40, 131)),
     DTYPE,
     Choice("bias", (True, False)),
