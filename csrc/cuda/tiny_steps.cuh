@@ -51,6 +51,13 @@ struct Resident {
   }
 };
 
+// Rows of the step that begins at `first_row`.
+template <typename X, typename P>
+__device__ __forceinline__ int rows_at(const TinyArgs<X, P>& a, int64_t first_row) {
+  const int64_t left = a.rows - first_row;
+  return static_cast<int>(left < a.batch_size ? left : a.batch_size);
+}
+
 // One block. Reads data; reads and, at the end, writes W, bias and their buffers; writes losses.
 template <typename S>
 __global__ void __launch_bounds__(kTinyThreads, 1)
@@ -70,25 +77,46 @@ __global__ void __launch_bounds__(kTinyThreads, 1)
   __syncthreads();
 
   SgdCoefficients<A> of_weight = coefficients_of(a.weight), of_bias = coefficients_of(a.bias);
+  const auto no_dx = [](int) -> typename S::X* { return nullptr; };
   int64_t first_row = a.first_row;
+  // The next rows, of this step or the one after it, are on their way while the present ones are
+  // used: their 600 cycles would be a fifth of a step of few rows.
+  const auto rows_of_step = [&] {
+    return RowSet<typename S::X, P>(a.data, first_row + team, rows_at(a, first_row) - team, teams);
+  };
+  RowSet<typename S::X, P> rows = rows_of_step();
+  Slice<S> next;
+  read_slice<S>(rows, lane, I, O, next);
+  // Two divisions in double, which are worth another fifth, follow from the number of rows alone.
+  int scaled_for = -1;
+  A dy_scale = A(0);
+  double loss_scale = 0.0;
   for (int64_t step = 0; step < a.steps; ++step) {
     A w[S::kOutputs][S::kColumns], b[S::kOutputs];
     read_weight<S>([&](int k) { return weight.value[k]; }, lane, I, O, w);
 #pragma unroll
     for (int o = 0; o < S::kOutputs; ++o) b[o] = has_bias && o < O ? bias.value[o] : A(0);
-    const int64_t left = a.rows - first_row;
-    const int count = static_cast<int>(left < a.batch_size ? left : a.batch_size);
-    const A dy_scale = static_cast<A>(mse_dy_scale(a.reduction, count, O));
+    const int count = rows_at(a, first_row);
+    if (count != scaled_for) {
+      dy_scale = static_cast<A>(mse_dy_scale(a.reduction, count, O));
+      loss_scale = mse_loss_scale(a.reduction, count, O);
+      scaled_for = count;
+    }
+    first_row += count;
+    if (first_row >= a.rows) first_row = 0;
 
     Sums<S> sums;
     sums.clear();
-    RowSet<typename S::X, P> rows(a.data, first_row + team, count - team, teams);
-    const auto no_dx = [](int) -> typename S::X* { return nullptr; };
     for (int row = 0; row < count; row += teams * S::kRows) {
-      Slice<S> slice;
-      read_slice<S>(rows, lane, I, O, slice);
-      add_slice<S>(slice, rows.left, teams, w, b, dy_scale, lane, I, O, no_dx, sums);
-      rows.advance(S::kRows);
+      Slice<S> slice = next;
+      const int left = rows.left;
+      if (row + teams * S::kRows < count) {
+        rows.advance(S::kRows);
+      } else {
+        rows = rows_of_step();
+      }
+      read_slice<S>(rows, lane, I, O, next);
+      add_slice<S>(slice, left, teams, w, b, dy_scale, lane, I, O, no_dx, sums);
     }
     leave_sums<S, kWarps>(sums, lane, warp_sums);
     __syncthreads();  // also: all have read W of this step
@@ -102,12 +130,9 @@ __global__ void __launch_bounds__(kTinyThreads, 1)
     }
     if (thread == 0) {
       const double loss = rest_of<S, kWarps>(warp_sums, 0);
-      const double scale = mse_loss_scale(a.reduction, count, O);
-      a.losses[step] = narrow<P>(static_cast<A>(loss * scale));
+      a.losses[step] = narrow<P>(static_cast<A>(loss * loss_scale));
     }
     of_weight.first_step = of_bias.first_step = false;
-    first_row += count;
-    if (first_row >= a.rows) first_row = 0;
     __syncthreads();  // the sums are used, W of the next step is there
   }
   if (a.steps == 0) return;
