@@ -45,17 +45,20 @@ class MmaRing {
   using X = typename S::X;
   static constexpr int kRowWords = S::kColumns / 8;
 
-  __device__ __forceinline__ explicit MmaRing(unsigned char* shared)
-      : ring_(reinterpret_cast<uint4*>(shared)) {}
+  // `columns`: that the warp has, or less than 1.
+  __device__ __forceinline__ MmaRing(unsigned char* shared, int columns)
+      : ring_(reinterpret_cast<uint4*>(shared)) {
+    while (kRowWords >> word_bits_ > 1 && 8 << word_bits_ < columns) ++word_bits_;
+  }
 
-  // Starts to copy into a stage, one group. What is not there is zero: times a zero of dy or W it
-  // must be no NaN.
+  // Starts to copy into a stage, one group. What is not there is zero, as far as it is read: times
+  // a zero of dy or W it must be no NaN.
   __device__ __forceinline__ void start(int stage, const MmaRows<X>& from) {
     const int lane = static_cast<int>(threadIdx.x) % kWarp;
     // Unrolled, its addresses would take the registers that dW is to have.
 #pragma unroll 1
-    for (int k = lane; k < kMmaRows * kRowWords; k += kWarp) {
-      const int row = k / kRowWords, word = k % kRowWords;
+    for (int k = lane; k < kMmaRows << word_bits_; k += kWarp) {
+      const int row = k >> word_bits_, word = k - (row << word_bits_);
       uint4* const to = place(stage, row, word);
       const X* const source = from.first + row * from.stride + 8 * word;
       const int left = row < from.rows ? from.columns - 8 * word : 0;
@@ -104,6 +107,8 @@ class MmaRing {
   }
 
   uint4* ring_;
+  // Of as many words a row is copied: a power of two, a group of spans at least.
+  int word_bits_ = S::kGroup == 1 ? 2 : 3;
 };
 
 // A warp's columns of W[O, I] as the first factor of y^T, by way of the ring's first stage; zero
@@ -299,7 +304,8 @@ __global__ void __launch_bounds__(kMmaThreads, 1)
   // float16 would lose small dy, where the mean is over many: its r is used, and scaled at the end.
   constexpr bool kScalesLast = kIsFloat16<X>;
   FUSED_STEP_DYNAMIC_SHARED(all_shared);
-  // Of each lane: loss, dbias. Lanes 4 g to 4 g + 3 have their share of the same outputs.
+  // Of each lane of a team's first warp: loss, dbias. Lanes 4 g to 4 g + 3 have their share of the
+  // same outputs.
   using LaneSums = double[1 + S::kTiles][kMmaThreads];
   LaneSums& sums = *reinterpret_cast<LaneSums*>(all_shared);
   unsigned char* const shared = all_shared + sizeof(LaneSums);
@@ -307,9 +313,10 @@ __global__ void __launch_bounds__(kMmaThreads, 1)
   const int thread = static_cast<int>(threadIdx.x);
   const int warp = thread / kWarp, lane = thread % kWarp, g = lane / 4, t = lane % 4;
   const int teams = kMmaWarps / team, my_team = warp / team;
+  const bool is_first = warp % team == 0;
   const int first_column = warp % team * S::kColumns, columns = I - first_column;
 
-  MmaRing<S, kVectors> ring(shared + warp * stages * (S::kStageBytes / kMmaWarps));
+  MmaRing<S, kVectors> ring(shared + warp * stages * (S::kStageBytes / kMmaWarps), columns);
   unsigned w[S::kQuads][4];
   read_mma_weight<S>(ring, {a.weight + first_column, I, O, columns}, w);
   float dweight[S::kTiles][2 * S::kSpans][4] = {};
@@ -357,10 +364,10 @@ __global__ void __launch_bounds__(kMmaThreads, 1)
         dbias += scaled;
         passed_on[e] = kScalesLast ? there : scaled;
       }
-      sums[1 + tile][thread] += static_cast<double>(dbias);
+      if (is_first) sums[1 + tile][thread] += static_cast<double>(dbias);
       dy[tile] = SplitPair<X>(passed_on);
     }
-    sums[0][thread] += static_cast<double>(loss);
+    if (is_first) sums[0][thread] += static_cast<double>(loss);
     add_mma_dweight<S>(ring, stage, dy, columns, dweight);
     __syncwarp();  // every lane has read: the stage is free
     ring.start(stage, rows_at(row + stages * step_rows));
@@ -402,7 +409,6 @@ __global__ void __launch_bounds__(kMmaThreads, 1)
     const double* const from =
         thread == 0 ? sums[0] : sums[1 + o / kMmaOutputs] + 4 * (o % kMmaOutputs);
     double sum = 0.0;
-    // All warps of a team have the same: that of the first counts.
     for (int k = 0; k < kMmaWarps; k += team) sum += from[k * kWarp];
     partials.sums(blockIdx.x)[thread] = sum;
   }
