@@ -38,10 +38,10 @@ def linear_mse_loss(
     :class:`fused_step.autograd.LinearMSEFunction`, an ``autograd.Function``.
 
     The fused operator serves float32, float64, bfloat16 and float16 tensors on the CPU and, in
-    builds with CUDA, on GPUs; these types also under autocast for the CPU. Of 16-bit types the sums
-    are made in float32, and each result is rounded once. Everything else (other types and devices,
-    tensor subclasses, ``vmap``, forward-mode derivatives, autocast where its own GEMMs are faster)
-    is computed as the composition above, with its result.
+    builds with CUDA, on GPUs; these types also under autocast. Of 16-bit types the sums are made in
+    float32, and each result is rounded once. Everything else (other types and devices, tensor
+    subclasses, ``vmap``, forward-mode derivatives, autocast where its own GEMMs are faster) is
+    computed as the composition above, with its result.
 
     Args:
         input: [..., I], leading dimensions are rows.
@@ -118,8 +118,8 @@ def _is_served(input: Tensor, weight: Tensor, bias: Tensor | None, target: Tenso
         and _is_plain(target)
         and (bias is None or _is_plain(bias))
         and _has_engine(weight.device)
-        # On CUDA autocast's own GEMMs of 16 bit are the faster ones.
-        and not (_is_autocast(weight) and weight.device.type != "cpu")
+        # There autocast may have the faster operators, which a compiler cannot ask for.
+        and not (torch.compiler.is_compiling() and _is_autocast(weight) and weight.is_cuda)
         and (input.dtype == weight.dtype or _is_autocast(weight))
         and (torch.compiler.is_compiling() or forward_ad._current_level < 0)
     )

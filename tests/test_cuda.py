@@ -443,6 +443,38 @@ def test_op_refuses_tensors_of_several_devices():
         op(weight, torch.zeros(1, device="cpu"), None, None, x, t, lr=0.1)
 
 
+# --- autocast -----------------------------------------------------------------------------------
+
+
+def test_autocast_for_the_cpu_is_nothing_to_a_model_on_the_gpu():
+    problem = Problem.random(*SHAPES["one-pass"], options=MOMENTUM)
+    outside = train_fused(problem, 2)
+    with torch.autocast("cpu"):
+        inside = train_fused(problem, 2)
+    assert set(inside.plans) == {"one-pass"}
+    for (name, a), (_, b) in zip(outside.tensors(), inside.tensors(), strict=True):
+        assert a is b is None or same_bits(a, b), name
+
+
+def test_autocast_for_the_gpu_is_nothing_to_a_model_on_the_cpu():
+    model = nn.Linear(5, 2).cpu()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    step = fused_step.TrainStep(model, nn.MSELoss(), optimizer)
+    with torch.autocast("cuda"):
+        loss = step(torch.ones(3, 5, device="cpu"), torch.ones(3, 2, device="cpu"))
+    assert step.plan == "one-pass"
+    assert loss.dtype == torch.float32
+
+
+def test_step_of_the_gemm_plan_is_left_to_autocast_and_says_why():
+    problem = Problem.random(*SHAPES["gemm"])
+    _, step = trainer(problem)
+    with torch.autocast("cuda", dtype=torch.bfloat16, cache_enabled=False):
+        step(problem.input, problem.target)
+        assert step.plan == "optimizer"
+        assert "GEMMs of 16 bit are faster" in step.explain(problem.input, problem.target)
+
+
 # --- memory -------------------------------------------------------------------------------------
 
 

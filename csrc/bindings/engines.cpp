@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT
 #include "bindings/engines.h"
 
+#include "bindings/linear_mse_bfloat16.h"
 #include "cpu/policy.h"
 
 #ifdef FUSED_STEP_WITH_CUDA
@@ -9,6 +10,7 @@
 #include "bindings/cuda_support.h"
 #include "bindings/linear_mse_sgd_cuda.h"
 #include "bindings/sgd_cuda.h"
+#include "cuda/policy.h"
 #endif
 
 namespace fused_step {
@@ -43,6 +45,18 @@ void prepare_thread(c10::Device device) {
 
 bool is_captured(c10::Device device) {
   return device.is_cuda() && is_capturing(c10::cuda::getCurrentCUDAStream(device.index()));
+}
+
+// One-pass reads x as it is, once; the GEMMs' arithmetic in float is slower than that in 16 bit.
+bool is_left_to_autocast(c10::Device device, const LinearShape& shape, at::ScalarType input,
+                         bool whole_step) {
+  if (!device.is_cuda()) return is_left_to_autocast_on_cpu(shape, input);
+  const auto x_bytes = static_cast<int64_t>(c10::elementSize(input));
+  constexpr int64_t kParamBytes = sizeof(float);
+  const cuda::Plan plan = whole_step
+                              ? cuda::choose_plan(shape, x_bytes, kParamBytes)
+                              : cuda::choose_gradient_plan(shape, x_bytes, kParamBytes, false);
+  return plan == cuda::Plan::kGemm;
 }
 
 at::Tensor sgd_cuda(const SgdCudaStep& step, SgdCudaMemory& memory) {
@@ -94,6 +108,11 @@ bool is_served(c10::Device device) { return device.is_cpu(); }
 void prepare_thread(c10::Device /*device*/) {}
 
 bool is_captured(c10::Device /*device*/) { return false; }
+
+bool is_left_to_autocast(c10::Device /*device*/, const LinearShape& shape, at::ScalarType input,
+                         bool /*whole_step*/) {
+  return is_left_to_autocast_on_cpu(shape, input);
+}
 
 at::Tensor sgd_cuda(const SgdCudaStep& /*step*/, SgdCudaMemory& /*memory*/) {
   TORCH_INTERNAL_ASSERT(false, "is_served() allows no CUDA tensor in this build");

@@ -33,6 +33,11 @@ void prepare_thread(c10::Device device);
 // Whether the current stream of `device` is being captured into a graph.
 bool is_captured(c10::Device device);
 
+// Whether under autocast torch's own operators are the faster ones for a layer of float parameters:
+// for its whole step, or for its loss with gradients.
+bool is_left_to_autocast(c10::Device device, const LinearShape& shape, at::ScalarType input,
+                         bool whole_step);
+
 // What an optimizer keeps of its tensors on CUDA (sgd_cuda.h); null until it has any.
 class SgdCuda;
 using SgdCudaMemory = std::shared_ptr<SgdCuda>;

@@ -49,9 +49,9 @@ bool has_output_shape(const at::Tensor& hidden, const at::Tensor& target,
 
 // The world, the model and its loss. False once the verdict needs no more, or without a layer.
 bool HeadStep::read(Verdict& v) {
-  bool autocast = false;
+  Autocast autocast;
   if (!check_world(v, autocast)) return false;
-  if (v.against(autocast, "autocast is on")) return false;
+  if (v.against(autocast.cpu || autocast.cuda, "autocast is on")) return false;
   if (!v.explains() && watch_.unchanged()) return true;
   watch_.clear();
   reading_ = {};

@@ -50,7 +50,7 @@ cpu::Plan choose_cpu_plan(const LinearShape& shape, at::ScalarType dtype) {
   return cpu::choose_plan(shape, static_cast<int64_t>(at::elementSize(accum_dtype(dtype))));
 }
 
-bool is_left_to_autocast(const LinearShape& shape, at::ScalarType input) {
+bool is_left_to_autocast_on_cpu(const LinearShape& shape, at::ScalarType input) {
   const int64_t outputs =
       input == at::kFloat ? cpu::kMinAutocastOutputsOfFloat : cpu::kMinAutocastOutputs;
   return shape.O >= outputs && shape.B * shape.I * shape.O >= cpu::kMinAutocastWork &&

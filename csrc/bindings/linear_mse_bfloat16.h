@@ -23,7 +23,7 @@ bool gemm_is_in_bfloat16(const LinearShape& shape);
 
 // Whether to leave a layer of float parameters to torch's own operators under autocast: it casts to
 // bfloat16 here, and GEMMs of bfloat16 are the faster ones though it has to round for them.
-bool is_left_to_autocast(const LinearShape& shape, at::ScalarType input);
+bool is_left_to_autocast_on_cpu(const LinearShape& shape, at::ScalarType input);
 
 // From now on they always are, or never, or as above; for tests.
 void use_bfloat16_gemm(std::optional<bool> always);

@@ -20,7 +20,6 @@
 #include "bindings/memory.h"
 #include "bindings/python_bridge.h"
 #include "bindings/python_objects.h"
-#include "bindings/world.h"
 
 namespace fused_step {
 
@@ -174,7 +173,7 @@ bool LinearStep::read_objects(Verdict& v, Reading& reading) {
   return complete || (v.explains() && model);
 }
 
-bool LinearStep::check_params(Verdict& v, Call& call) {
+bool LinearStep::check_params(const Autocast& autocast, Verdict& v, Call& call) {
   const SgdParam &weight = call.reading.sgd.weight, &bias = call.reading.sgd.bias;
   LinearSgdState& s = call.state;
   s.weight = tensor_of(weight.object);
@@ -183,7 +182,7 @@ bool LinearStep::check_params(Verdict& v, Call& call) {
     return false;
   }
   if (!check_param("weight", weight.object, s.weight, v)) return false;
-  call.autocast = call.autocast && s.weight.is_cpu();  // the CPU's is nothing to other devices
+  call.autocast = autocast.is_on(s.weight.device());
   if (call.autocast && !check_autocast(s.weight.scalar_type(), v)) return false;
   if (s.weight.dim() != 2) return !v.against(true, "weight is not [O, I]");
   s.weight_options = weight.options;
@@ -222,17 +221,18 @@ bool LinearStep::check_batch(PyObject* input, PyObject* target, Verdict& v, Call
 }
 
 bool LinearStep::resolve(PyObject* input, PyObject* target, Verdict& v, Call& call) {
-  return check_world(v, call.autocast) && read_objects(v, call.reading) && check_params(v, call) &&
-         check_batch(input, target, v, call) && v.applies();
+  Autocast autocast;
+  return check_world(v, autocast) && read_objects(v, call.reading) &&
+         check_params(autocast, v, call) && check_batch(input, target, v, call) && v.applies();
 }
 
 bool LinearStep::check_rows(const Call& call, int64_t rows, Verdict& v) {
   const at::Tensor& weight = call.state.weight;
   return !call.autocast || weight.scalar_type() != at::kFloat ||
          !v.against(
-             is_left_to_autocast({rows, weight.size(1), weight.size(0)}, call.input.scalar_type()),
-             "autocast is on, and its GEMMs in bfloat16 are faster for so large a layer on "
-             "this processor");
+             is_left_to_autocast(weight.device(), {rows, weight.size(1), weight.size(0)},
+                                 call.input.scalar_type(), /*whole_step=*/true),
+             "autocast is on, and its GEMMs of 16 bit are faster for such a layer on this device");
 }
 
 // The buffers of a first step, which SGD would make from the gradient.

@@ -15,6 +15,7 @@
 #include "bindings/sgd_groups.h"
 #include "bindings/verdict.h"
 #include "bindings/watch.h"
+#include "bindings/world.h"
 
 namespace fused_step {
 
@@ -54,7 +55,7 @@ class LinearStep {
   struct Call {
     Reading reading;
     LinearSgdState state;
-    bool autocast = false;
+    bool autocast = false;  // is on for the weight's device
     at::Tensor input;
     at::Tensor target;
     std::vector<NewBuffer> new_buffers;  // of a first step
@@ -69,7 +70,7 @@ class LinearStep {
 
   bool resolve(PyObject* input, PyObject* target, Verdict& verdict, Call& call);
   bool read_objects(Verdict& verdict, Reading& reading);
-  static bool check_params(Verdict& verdict, Call& call);
+  static bool check_params(const Autocast& autocast, Verdict& verdict, Call& call);
   static bool check_batch(PyObject* input, PyObject* target, Verdict& verdict, Call& call);
   // Whether a fused plan is worth taking for batches of so many rows.
   static bool check_rows(const Call& call, int64_t rows, Verdict& verdict);

@@ -102,10 +102,11 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       [](const at::Tensor& input, const at::Tensor& weight) {
         if (weight.dim() != 2 || weight.numel() == 0) return false;
         const int64_t O = weight.size(0), I = weight.size(1);
-        return fused_step::is_left_to_autocast({input.numel() / I, I, O}, input.scalar_type());
+        return fused_step::is_left_to_autocast(weight.device(), {input.numel() / I, I, O},
+                                               input.scalar_type(), /*whole_step=*/false);
       },
       py::arg("input"), py::arg("weight"),
-      "Whether under autocast torch's own operators are the faster ones.");
+      "Whether under autocast torch's own operators are the faster ones for loss and gradients.");
   m.attr("linear_mse_loss") = fused_step::linear_mse_loss_function();
   m.def(
       "set_linear_mse_loss",

@@ -13,19 +13,19 @@
 
 namespace fused_step {
 
-bool check_world(Verdict& v, bool& autocast) {
+bool check_world(Verdict& v, Autocast& autocast) {
   const PythonObjects& o = python_objects();
   if (v.against(!at::GradMode::is_enabled(),
                 "gradients are disabled (no_grad or inference_mode)")) {
     return false;
   }
   const c10::impl::LocalDispatchKeySet keys = c10::impl::tls_local_dispatch_key_set();
-  autocast = !keys.excluded_.has(c10::DispatchKey::AutocastCPU);
-  if (v.against(!keys.excluded_.has(c10::DispatchKey::AutocastCUDA), "autocast is on for CUDA")) {
-    return false;
-  }
+  autocast.cpu = !keys.excluded_.has(c10::DispatchKey::AutocastCPU);
+  autocast.cuda = !keys.excluded_.has(c10::DispatchKey::AutocastCUDA);
+  constexpr c10::DispatchKeySet kAutocast(
+      {c10::DispatchKey::AutocastCPU, c10::DispatchKey::AutocastCUDA});
   if (v.against(keys.included_ != c10::default_included_set ||
-                    keys.excluded_.add(c10::DispatchKey::AutocastCPU) != c10::default_excluded_set,
+                    (keys.excluded_ | kAutocast) != c10::default_excluded_set,
                 "a mode is on that changes the dispatch of operators (functorch, tracing, a "
                 "dispatch mode, inference_mode)")) {
     return false;

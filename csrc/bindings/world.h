@@ -3,12 +3,22 @@
 // modules. A fused plan needs all of it at its default, but for autocast.
 #pragma once
 
+#include <c10/core/Device.h>
+
 #include "bindings/verdict.h"
 
 namespace fused_step {
 
-// False once the verdict needs no more. `autocast`: whether it is on for the CPU.
-bool check_world(Verdict& verdict, bool& autocast);
+// For which devices autocast is on: that of one is nothing to tensors on another.
+struct Autocast {
+  bool cpu = false;
+  bool cuda = false;
+
+  bool is_on(c10::Device device) const { return device.is_cuda() ? cuda : device.is_cpu() && cpu; }
+};
+
+// False once the verdict needs no more.
+bool check_world(Verdict& verdict, Autocast& autocast);
 
 // Whether an operator called now on ordinary tensors is just that operator: what an update in place
 // asks of the world. Autocast does not concern it.

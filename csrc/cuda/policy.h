@@ -2,8 +2,8 @@
 // Every tuning number of the CUDA engine, and the choices that follow from the sizes alone: the
 // same sizes give the same chunks, and so the same bits, on every GPU. Plain C++, no CUDA.
 //
-// None of the numbers was measured yet. Their yardstick is an H200: 132 multiprocessors, 65536
-// registers and 228 KiB of shared memory in each, 4.3 TB/s, that is 19 bytes per cycle and
+// None of the numbers was tuned on a GPU yet. Their yardstick is an H200: 132 multiprocessors,
+// 65536 registers and 228 KiB of shared memory in each, 4.3 TB/s, that is 19 bytes per cycle and
 // multiprocessor. At a latency of 1300 cycles under load about 25 KiB per multiprocessor must be in
 // flight; every kernel here aims at 32 KiB or more.
 #pragma once

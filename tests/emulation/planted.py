@@ -3,8 +3,9 @@
 
     python3 tests/emulation/planted.py FOLDER [part of a name]
 
-Works in FOLDER, from the root of the repository. Each program is built for float, and one-pass
-for the matrix units' bfloat16 too. Without a mistake it must pass in every build, or nothing that follows would mean anything.
+Works in FOLDER, from the root of the repository. Each program is built for float, and one-pass for
+the matrix units' bfloat16, too. Without a mistake it must pass in every build, or nothing that
+follows would mean anything.
 """
 
 from __future__ import annotations
