@@ -27,6 +27,7 @@ SCRIPTS = {
     "sweep": ("bench_sweep.py",),
     "gpu": ("bench_gpu.py",),
     "gpu_optim": ("bench_gpu_optim.py",),
+    "gpu_plans": ("bench_gpu_plans.py",),
 }
 
 

@@ -4,20 +4,21 @@
 # python3 with torch, nvcc, ninja and pytest; no network. A stage that fails does not stop the later
 # ones. Without a GPU it says so, builds, and runs a part of the tests on the CPU.
 #
-# Usage: scripts/gpu_check.sh OUTDIR [all|check|bench]       (PYTHON=... names another python3)
+# Usage: scripts/gpu_check.sh OUTDIR [all|check|bench|plans]       (PYTHON=... names another python3)
 #   all     the default: everything, benchmarks and the common tests shortened
 #   check   build, tests and compute-sanitizer, in 7 minutes
 #   bench   build and the benchmarks in full, in 7 minutes
+#   plans   build and the time of each plan around the borders between them, in 5 minutes
 # Of the common tests, which are thousands, it runs every 8th, or every 24th for all.
 # Writes OUTDIR/gpu_check.log, summary.json, and gpu.json and gpu_optim.json with their tables from the
 # benchmarks.
 # Exit status: 0 all stages passed on a GPU; 1 a stage failed; 2 there is no GPU.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-usage='usage: scripts/gpu_check.sh OUTDIR [all|check|bench]'
+usage='usage: scripts/gpu_check.sh OUTDIR [all|check|bench|plans]'
 out=${1:?$usage}
 part=${2:-all}
-[[ $part =~ ^(all|check|bench)$ ]] || {
+[[ $part =~ ^(all|check|bench|plans)$ ]] || {
     echo "$usage" >&2
     exit 64
 }
@@ -148,7 +149,7 @@ elif [[ -z $gpu ]]; then
         "$python" benchmarks/bench_gpu_optim.py --rehearse
     for name in benchmark "benchmark of the optimizer"; do not_run "$name" "there is no GPU"; done
 fi
-if ((built == 0)) && [[ -n $gpu && $part != bench ]]; then
+if ((built == 0)) && [[ -n $gpu && $part =~ ^(all|check)$ ]]; then
     # Alone on the GPU: they look at its memory and its time.
     stage "suite of CUDA" 120 "${alone[@]}" --junitxml=cuda.xml --device=cuda \
         tests/test_cuda.py tests/test_sgd_cuda.py
@@ -169,7 +170,7 @@ if ((built == 0)) && [[ -n $gpu && $part != bench ]]; then
     mapfile -t files < tests/gpu_suite.txt
     stage suite 150 "${pytest[@]}" --every="$every" --junitxml=suite.xml --device=cuda "${files[@]}"
 fi
-if ((built == 0)) && [[ -n $gpu && $part != check ]]; then
+if ((built == 0)) && [[ -n $gpu && $part =~ ^(all|bench)$ ]]; then
     if [[ $part == all ]]; then
         limits=(45 150) optim=(--quick) steps=(--quick)
     else
@@ -178,9 +179,12 @@ if ((built == 0)) && [[ -n $gpu && $part != check ]]; then
     stage "benchmark of the optimizer" "${limits[0]}" \
         "$python" benchmarks/bench_gpu_optim.py "${optim[@]}" --out results
     stage benchmark "${limits[1]}" "$python" benchmarks/bench_gpu.py "${steps[@]}" --out results
-    # What the pictures show is in there.
-    cp results/*.json results/*.md "$out"
 fi
+if ((built == 0)) && [[ -n $gpu && $part == plans ]]; then
+    stage "benchmark of the plans" 260 "$python" benchmarks/bench_gpu_plans.py --out results
+fi
+# What the pictures show is in there.
+[[ ! -d results ]] || cp results/*.json results/*.md "$out"
 
 # --- what came of it ------------------------------------------------------------------------------
 "$python" - "$out" << 'END' | tee -a "$log"

@@ -104,6 +104,23 @@ def test_more_outputs_of_16_bit_than_one_pass_serves_say_why(shape, words):
     assert words in step.explain(problem.input, problem.target)
 
 
+@pytest.mark.parametrize("shape", [(500, 33, 2), (1_003, 72, 6)], ids=str)
+def test_plan_that_is_asked_for_trains_like_plain_where_it_serves(shape):
+    problem = Problem.random(*shape, dtype=torch.bfloat16, options=MOMENTUM).stable()
+    try:
+        for plan in ("one-pass", "gemm"):
+            _C.use_cuda_plan(plan)
+            assert_trains_like_plain(problem, plans=(plan,))
+        _C.use_cuda_plan("one-pass")
+        _, step = trainer(Problem.random(*SHAPES["gemm"]))  # which it does not serve
+        step(torch.zeros(515, 67), torch.zeros(515, 131))
+        assert step.plan == "gemm"
+    finally:
+        _C.use_cuda_plan(None)
+    with pytest.raises(ValueError, match="name must be tiny, one-pass or gemm, got best"):
+        _C.use_cuda_plan("best")
+
+
 # --- launches -----------------------------------------------------------------------------------
 
 

@@ -17,6 +17,7 @@ pytest.importorskip("jsonschema")
 
 import bench_gpu
 import bench_gpu_optim
+import bench_gpu_plans
 from harness import driver
 
 # The compiler takes half a minute a case, and JAX may not be there.
@@ -47,3 +48,18 @@ def test_every_contestant_of_the_optimizer_is_measured(tmp_path):
     case = dataclasses.replace(bench_gpu_optim.CASES[0], shapes=((64,), (3, 5), (129,)))
     found = states(dataclasses.replace(bench_gpu_optim.BENCHMARK, cases=(case,)), tmp_path)
     assert set(found.values()) == {("ok", "")}, found
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "unserved"),
+    [((64, 16, 1), "float32", set()), ((4096, 72, 12), "bfloat16", {"tiny"})],
+    ids=str,
+)
+def test_every_plan_that_serves_a_case_is_measured(tmp_path, shape, dtype, unserved):
+    batch, inputs, outputs = shape
+    case = dataclasses.replace(
+        bench_gpu_plans.CASES[0], batch=batch, inputs=inputs, outputs=outputs, dtype=dtype
+    )
+    found = states(dataclasses.replace(bench_gpu_plans.BENCHMARK, cases=(case,)), tmp_path)
+    assert {key for key, (status, _) in found.items() if status == "unavailable"} == unserved
+    assert {status for key, (status, _) in found.items() if key not in unserved} == {"ok"}, found

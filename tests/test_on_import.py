@@ -145,19 +145,19 @@ def test_first_import_compiles_once_and_later_ones_load_that(install):
 
 
 def test_module_of_another_torch_is_not_loaded_but_compiled_anew(install):
-    install.with_module(torch="2.11.0+cu130")
+    install.with_module(torch="1.13.0+cu117")
     (module,) = install.package.glob("*.so")
     module.write_bytes(b"loading this would fail")
     status, output, errors = install.run("-c", STEP)
     assert (status, output) == (0, "one-pass\n")
-    assert "the installed one does not fit: built for torch 2.11.0+cu130, not " in errors
+    assert "the installed one does not fit: built for torch 1.13.0+cu117, not " in errors
     assert install.runs_of_the_worker() == 1
 
 
 @pytest.mark.parametrize(
     ("field", "value", "words"),
     [
-        ("torch", "2.11.0", "built for torch 2.11.0, not "),
+        ("torch", "1.13.0", "built for torch 1.13.0, not "),
         ("torch_git", "0" * 40, "torch git differ"),
         ("torch_cuda", "12.8", "built for torch cuda 12.8, not "),
         ("python", "cpython-310-x86_64-linux-gnu", "built for python cpython-310-x86_64"),

@@ -115,11 +115,13 @@ for dtype in DTYPES:  # the whole step as an operator
         )
         for first in (True, False)
     ]
-    close(torch.stack(losses), expected.to(dtype))
+    # PyTorch's operators round in between, those of float16 in torch 2.11 more than later ones.
+    near = dict(rtol=4 * torch.finfo(dtype).eps, atol=torch.finfo(dtype).eps / 8)
+    close(torch.stack(losses), expected.to(dtype), **near)
     for p, exact in zip(model.parameters(), wide.parameters(), strict=True):
-        close(p.detach(), exact.detach().to(dtype))
+        close(p.detach(), exact.detach().to(dtype), **near)
     buf = optimizer.state[wide.weight]["momentum_buffer"].to(dtype)
-    close(bufs[0], buf)
+    close(bufs[0], buf, **near)
 
 for dtype in DTYPES:  # every result of the operator, asked for and not
     x, model, t = tensors(dtype, 5)

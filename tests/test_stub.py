@@ -11,7 +11,7 @@ from types import ModuleType
 from fused_step._extension import _C
 
 STUB = Path(__file__).resolve().parents[1] / "fused_step" / "_C.pyi"
-CUDA_ONLY = {"cuda_archs"}
+CUDA_ONLY = {"cuda_archs", "use_cuda_plan"}
 
 
 def parameters_in_stub(function: ast.FunctionDef) -> list[str]:

@@ -6,9 +6,10 @@ Each contestant makes `step(k)`, which takes batch k of the data and returns the
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -392,6 +393,42 @@ class Step(OfModel):
     def release(self) -> None:
         super().release()
         self._train = None
+
+
+class StepOfPlan(Step):
+    """The same by a plan that is named."""
+
+    def __init__(self, key: str, label: str, plan: str):
+        super().__init__(key, label)
+        self._plan = plan
+
+    def build(self, data: GpuData) -> StepOf:
+        step = super().build(data)
+        with self._chosen():
+            step(0)
+        if self._train.plan != self._plan:
+            raise Unavailable(f"the plan {self._plan} has no kernel for these sizes")
+        return step
+
+    def trajectory(self, steps: int) -> Any:
+        with self._chosen():
+            return super().trajectory(steps)
+
+    def sample(self, steps: int) -> float:
+        with self._chosen():
+            return super().sample(steps)
+
+    @contextlib.contextmanager
+    def _chosen(self) -> Iterator[None]:
+        if self._data.case.device == "cpu":
+            raise Unavailable("plans are chosen by name on a GPU alone")
+        from fused_step._extension import _C
+
+        _C.use_cuda_plan(self._plan)
+        try:
+            yield
+        finally:
+            _C.use_cuda_plan(None)
 
 
 class StepInGraph(Step):

@@ -12,9 +12,11 @@
 
 #include <algorithm>
 #include <array>
+#include <atomic>
 #include <cmath>
 #include <limits>
 #include <optional>
+#include <string_view>
 
 #include "bindings/cuda_support.h"
 #include "bindings/dtypes.h"
@@ -48,12 +50,23 @@ LinearShape shape_of(const LinearSgdState& state, int64_t B) {
   return {B, state.weight.size(1), state.weight.size(0)};
 }
 
+constexpr std::array kPlanNames{"tiny", "one-pass", "gemm"};  // by Plan
+
+// The one that use_cuda_plan() names.
+std::atomic<std::optional<Plan>>& wanted_plan() {
+  static std::atomic<std::optional<Plan>> plan{std::nullopt};
+  return plan;
+}
+
 Plan plan_of(const LinearSgdState& state, at::ScalarType input_type, int64_t B) {
   const LinearShape shape = shape_of(state, B);
   // No columns: nothing for a kernel to read. The GEMMs leave zeros.
   if (shape.I == 0) return Plan::kGemm;
-  return cuda::choose_plan(shape, static_cast<int64_t>(c10::elementSize(input_type)),
-                           static_cast<int64_t>(state.weight.element_size()));
+  const auto x_bytes = static_cast<int64_t>(c10::elementSize(input_type));
+  const auto param_bytes = static_cast<int64_t>(state.weight.element_size());
+  const std::optional<Plan> wanted = wanted_plan().load(std::memory_order_relaxed);
+  if (wanted.has_value() && cuda::serves(*wanted, shape, x_bytes, param_bytes)) return *wanted;
+  return cuda::choose_plan(shape, x_bytes, param_bytes);
 }
 
 template <typename P>
@@ -359,16 +372,19 @@ class Runner {
 
 }  // namespace
 
-const char* cuda_plan_name(const LinearSgdState& state, at::ScalarType input_type, int64_t B) {
-  switch (plan_of(state, input_type, B)) {
-    case Plan::kTiny:
-      return "tiny";
-    case Plan::kOnePass:
-      return "one-pass";
-    case Plan::kGemm:
-      break;
+void use_cuda_plan(std::optional<std::string_view> name) {
+  if (!name.has_value()) {
+    wanted_plan() = std::nullopt;
+    return;
   }
-  return "gemm";
+  const auto found = std::find(kPlanNames.begin(), kPlanNames.end(), *name);
+  TORCH_CHECK_VALUE(found != kPlanNames.end(),
+                    "use_cuda_plan: name must be tiny, one-pass or gemm, got ", *name);
+  wanted_plan() = static_cast<Plan>(found - kPlanNames.begin());
+}
+
+const char* cuda_plan_name(const LinearSgdState& state, at::ScalarType input_type, int64_t B) {
+  return kPlanNames[static_cast<size_t>(plan_of(state, input_type, B))];
 }
 
 std::string why_no_deeper_on_cuda(const LinearSgdState& state, at::ScalarType input_type,

@@ -7,12 +7,18 @@
 #include <ATen/core/Tensor.h>
 
 #include <cstdint>
+#include <optional>
 #include <string>
+#include <string_view>
 
 #include "bindings/device_scratch.h"
 #include "bindings/linear_mse_sgd.h"
 
 namespace fused_step {
+
+// From now on the plan of every step that it serves, "tiny", "one-pass" or "gemm", or again the one
+// that policy.h chooses; for tests and benchmarks. TORCH_CHECK_VALUE: there is no such plan.
+void use_cuda_plan(std::optional<std::string_view> name);
 
 // The plan for a batch of B rows stored as `input_type`.
 const char* cuda_plan_name(const LinearSgdState& state, at::ScalarType input_type, int64_t B);

@@ -23,6 +23,7 @@
 #include "cpu/kernels.h"
 #ifdef FUSED_STEP_WITH_CUDA
 #include "bindings/cuda_support.h"
+#include "bindings/linear_mse_sgd_cuda.h"
 #endif
 
 namespace fused_step {
@@ -93,6 +94,10 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
 
 #ifdef FUSED_STEP_WITH_CUDA
   m.def("cuda_archs", &fused_step::cuda_archs, "What the CUDA kernels were compiled for.");
+  m.def(
+      "use_cuda_plan", &fused_step::use_cuda_plan, py::arg("name"),
+      "On CUDA the plan of every step that it serves or (None) the one that is expected to be the "
+      "fastest; for tests and benchmarks.");
 #endif
   m.def("serves", &fused_step::is_served, py::arg("device"),
         "Whether kernels of this build run on a torch.device.");

@@ -298,15 +298,29 @@ constexpr bool fits_one_pass(int64_t I, int64_t O, int64_t x_bytes, int64_t accu
          I <= at_least(rows_columns(O, accum_bytes), wide_columns(O, accum_bytes));
 }
 
-// `x_bytes` and `param_bytes`: of one element.
+// Whether a plan has kernels for these sizes. `x_bytes` and `param_bytes`: of one element.
+constexpr bool serves(Plan plan, const LinearShape& s, int64_t x_bytes, int64_t param_bytes) {
+  const int64_t accum_bytes = accum_bytes_of(param_bytes);
+  switch (plan) {
+    case Plan::kTiny:
+      return fits_tiny(s.I, s.O, accum_bytes);
+    case Plan::kOnePass:
+      return fits_mma(s.I, s.O, x_bytes, param_bytes) ||
+             fits_one_pass(s.I, s.O, x_bytes, accum_bytes);
+    case Plan::kGemm:
+      break;
+  }
+  return true;
+}
+
 constexpr Plan choose_plan(const LinearShape& s, int64_t x_bytes, int64_t param_bytes) {
   const int64_t accum_bytes = accum_bytes_of(param_bytes);
   if (fits_tiny(s.I, s.O, accum_bytes) &&
       s.B <= kTinyPasses * tiny_rows_per_pass(s.I, s.O, accum_bytes)) {
     return Plan::kTiny;
   }
+  if (!serves(Plan::kOnePass, s, x_bytes, param_bytes)) return Plan::kGemm;
   const bool by_mma = fits_mma(s.I, s.O, x_bytes, param_bytes);
-  if (!by_mma && !fits_one_pass(s.I, s.O, x_bytes, accum_bytes)) return Plan::kGemm;
   const int64_t chunks = by_mma ? mma_chunks(s).count : one_pass_chunks(s).count;
   const bool idle = chunks < kFewChunks && s.B * s.I * x_bytes > chunks * kMaxBytesOfFewChunks;
   return idle ? Plan::kGemm : Plan::kOnePass;
@@ -318,9 +332,7 @@ constexpr Plan choose_gradient_plan(const LinearShape& s, int64_t x_bytes, int64
   if (needs_dx && fits_mma(s.I, s.O, x_bytes, param_bytes)) return Plan::kGemm;
   const Plan plan = choose_plan(s, x_bytes, param_bytes);
   if (plan != Plan::kTiny) return plan;
-  const bool fits = fits_mma(s.I, s.O, x_bytes, param_bytes) ||
-                    fits_one_pass(s.I, s.O, x_bytes, accum_bytes_of(param_bytes));
-  return fits ? Plan::kOnePass : Plan::kGemm;
+  return serves(Plan::kOnePass, s, x_bytes, param_bytes) ? Plan::kOnePass : Plan::kGemm;
 }
 
 // Whether a product of W's shape has a tile of 128 x 128 for each multiprocessor of an H200. If
