@@ -3,6 +3,7 @@
 #include <vector>
 
 #include "emulation/runtime.h"
+#include "one_pass_run.h"
 #include "problem.h"
 
 using namespace fused_step;
@@ -17,30 +18,14 @@ constexpr long double kSplitError = 0x1p-16L;
 // Each GPU has room for another number of stages.
 constexpr int64_t kSharedOfGpus[] = {emulation::kLeastShared, 163 * 1024, 227 * 1024};
 
+// On one of them.
 template <typename X>
-struct Run {
-  Layer<X> layer;
-  Memory<X> loss;
-  ScratchMemory scratch;
-
+struct Run : StepRun<X, X> {
   Run(const Sizes& s, const SgdOptions& of_weight, const SgdOptions& of_bias)
-      : layer(s, of_weight, of_bias),
-        loss(1, 0, hash(s.seed, 40)),
-        scratch(one_pass_workspace<X, X>({s.B, s.I, s.O}), hash(s.seed, 41)) {
+      : StepRun<X, X>(s, of_weight, of_bias) {
     emulation::most_shared = kSharedOfGpus[hash(s.seed, 42) % 3];
   }
   ~Run() { emulation::most_shared = emulation::kLeastShared; }
-
-  cudaError_t step(const Data<X, X>& data, Reduction reduction) {
-    return launch_one_pass_step<X, X>({data.rows(),
-                                       {data.B, data.I, data.O},
-                                       reduction,
-                                       layer.weight_param(),
-                                       layer.bias_param(),
-                                       loss.data(),
-                                       scratch.get()},
-                                      nullptr);
-  }
 };
 
 template <typename X>

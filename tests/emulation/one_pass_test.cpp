@@ -3,6 +3,7 @@
 #include <vector>
 
 #include "emulation/runtime.h"
+#include "one_pass_run.h"
 #include "problem.h"
 
 using namespace fused_step;
@@ -10,29 +11,6 @@ using namespace fused_step::cuda;
 using namespace fused_step::test;
 
 namespace {
-
-template <typename X, typename P>
-struct StepRun {
-  Layer<P> layer;
-  Memory<P> loss;
-  ScratchMemory scratch;
-
-  StepRun(const Sizes& s, const SgdOptions& of_weight, const SgdOptions& of_bias)
-      : layer(s, of_weight, of_bias),
-        loss(1, 0, hash(s.seed, 40)),
-        scratch(one_pass_workspace<X, P>({s.B, s.I, s.O}), hash(s.seed, 41)) {}
-
-  cudaError_t step(const Data<X, P>& data, Reduction reduction) {
-    return launch_one_pass_step<X, P>({data.rows(),
-                                       {data.B, data.I, data.O},
-                                       reduction,
-                                       layer.weight_param(),
-                                       layer.bias_param(),
-                                       loss.data(),
-                                       scratch.get()},
-                                      nullptr);
-  }
-};
 
 template <typename X, typename P>
 void test_step(const Sizes& s, const SgdOptions& of_weight, const SgdOptions& of_bias) {
