@@ -107,6 +107,18 @@ def test_equals_torch_at_larger_and_odd_sizes(B, I, O, needs, dtype, isa):
     assert_loss_like_torch(LossProblem.random(B, I, O, dtype=dtype, needs=needs))
 
 
+# On CUDA the units that multiply matrices take these, by a warp for each row and by several.
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("needs", [TRAINING, HEAD], ids=lambda names: "+".join(sorted(names)))
+@pytest.mark.parametrize(
+    "shape", [(1_003, 72, 5), (1_003, 520, 8), (515, 264, 13), (515, 136, 29)], ids=str
+)
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_16_bit_of_rows_in_eights_equals_torch(reduction, shape, needs, dtype):
+    problem = LossProblem.random(*shape, reduction=reduction, dtype=dtype, needs=needs)
+    assert_loss_like_torch(problem)
+
+
 def test_equals_torch_on_many_rows():
     """In float64 PyTorch's own sum over so many rows is too far off to be an oracle."""
     assert_loss_like_torch(LossProblem.random(70_001, 7, 2))

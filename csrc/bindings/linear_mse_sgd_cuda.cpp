@@ -409,8 +409,8 @@ std::string why_no_deeper_on_cuda(const LinearSgdState& state, at::ScalarType in
   if (O > few) {
     return "one-pass serves " + std::to_string(O) + " outputs of a " + toString(input_type) +
            " input where a row has a multiple of 8 columns, from " +
-           std::to_string(cuda::kMinMmaColumns) + " to " + std::to_string(cuda::mma_columns(O)) +
-           ", and there are enough rows to share out";
+           std::to_string(cuda::kMinMmaColumns) + " to " +
+           std::to_string(cuda::mma_columns(O, false)) + ", and there are enough rows to share out";
   }
   return "a row is too long for one-pass, or empty, or there are too few rows to share out";
 }

@@ -104,6 +104,13 @@ __device__ __forceinline__ void load_matrices(unsigned (&to)[4], const void* row
   }
 }
 
+// One such word of each lane, of the transposed matrix, by all lanes of a warp together.
+__device__ __forceinline__ unsigned transposed(unsigned word) {
+  unsigned result;
+  asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(result) : "r"(word));
+  return result;
+}
+
 // d[16, 8] += a[16, K] b[K, 8], in float, by all lanes of a warp together; X is BFloat16 or
 // Float16. Lane 4 g + t holds of d: row g, columns 2 t and 2 t + 1, then the same of row g + 8; of
 // a, two elements to a word: row g, columns 2 t and 2 t + 1, row g + 8 likewise, then both of

@@ -34,7 +34,8 @@ struct OnePassArgs {
 template <typename X, typename P>
 cudaError_t launch_one_pass(OnePassArgs<X, P> args, cudaStream_t stream);
 
-// On the units that multiply matrices, where fits_mma(); chunks are mma_chunks(), dx is null.
+// On the units that multiply matrices, where fits_mma(), with dx for fewer columns: mma_columns().
+// Chunks are mma_chunks().
 template <typename X>
 cudaError_t launch_one_pass_mma(const OnePassArgs<X, X>& args, cudaStream_t stream);
 

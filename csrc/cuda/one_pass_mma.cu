@@ -9,16 +9,23 @@
 namespace fused_step::cuda {
 namespace {
 
-template <typename X, int kTiles, bool kVectors>
-cudaError_t launch_tiles(const OnePassArgs<X, X>& a, cudaStream_t stream) {
-  const auto kernel = one_pass_mma_kernel<MmaPart<X, kTiles>, kVectors>;
-  const int team = mma_team(a.shape.I, a.shape.O);
-  const int stages = mma_stages(kTiles, team, most_shared());
-  const int64_t shared_bytes = mma_shared_bytes(kTiles, stages, team);
+template <typename X, int kTiles, bool kVectors, bool kDx>
+cudaError_t launch_part(const OnePassArgs<X, X>& a, cudaStream_t stream) {
+  using S = MmaPart<X, kTiles, kVectors, kDx>;
+  const auto kernel = one_pass_mma_kernel<S>;
+  const int team = mma_team(a.shape.I, S::kColumns);
+  const int stages = mma_stages(kTiles, S::kColumns, team, most_shared());
+  const int64_t shared_bytes = mma_shared_bytes(kTiles, S::kColumns, stages, team);
   const cudaError_t error = allow_shared(kernel, shared_bytes);
   if (error != cudaSuccess) return error;
   return launch(kernel, dim3(static_cast<unsigned>(a.chunks.count)), kMmaThreads, shared_bytes,
                 stream, a, team, stages);
+}
+
+template <typename X, int kTiles, bool kVectors>
+cudaError_t launch_tiles(const OnePassArgs<X, X>& a, cudaStream_t stream) {
+  return a.dx != nullptr ? launch_part<X, kTiles, kVectors, true>(a, stream)
+                         : launch_part<X, kTiles, kVectors, false>(a, stream);
 }
 
 template <typename X, bool kVectors>
@@ -33,7 +40,7 @@ cudaError_t launch_for(const OnePassArgs<X, X>& a, cudaStream_t stream) {
 
 template <typename X>
 cudaError_t launch_one_pass_mma(const OnePassArgs<X, X>& a, cudaStream_t stream) {
-  if (a.dx != nullptr) return cudaErrorInvalidValue;
+  if (a.dx != nullptr && a.shape.I > mma_columns(a.shape.O, true)) return cudaErrorInvalidValue;
   const bool vectors = takes_vectors(a) && is_aligned(a.weight, kVectorBytes);
   return vectors ? launch_for<X, true>(a, stream) : launch_for<X, false>(a, stream);
 }

@@ -16,16 +16,19 @@
 namespace fused_step::cuda {
 
 // What a warp holds: kTiles times 8 outputs, kColumns columns of x, W and dW.
-template <typename X_, int kTiles_>
+template <typename X_, int kTiles_, bool kVectors_, bool kDx_>
 struct MmaPart {
   using X = X_;
   static constexpr int kTiles = kTiles_;
-  static constexpr int kColumns = kMmaColumns / kTiles;
+  static constexpr bool kVectors = kVectors_;  // as takes_vectors(), and for W
+  static constexpr bool kDx = kDx_;            // dx is written
+  static constexpr int kColumns = mma_warp_columns(kTiles, kDx);
   static constexpr int kSpans = kColumns / 32;  // what one load_matrices() brings
   // Columns in groups of so many spans: a warp without columns in one leaves it out.
   static constexpr int kGroup = kTiles == 4 ? 1 : 2;
-  static constexpr int kQuads = kMmaColumns / 32;                // of words of W
-  static constexpr int kStageBytes = mma_ring_bytes(kTiles, 1);  // of all warps
+  static constexpr int64_t kTeamSums = mma_team_sums(kTiles, kColumns);
+  static constexpr int kQuads = kTiles * kSpans;                   // of words of W
+  static constexpr int kStageBytes = mma_ring_bytes(kColumns, 1);  // of all warps
 };
 
 // Up to 8 rows of a matrix, from a warp's first column on.
@@ -39,7 +42,7 @@ struct MmaRows {
 
 // A warp's stages in shared memory, into which nobody else looks: 8 rows of kColumns each. Rows
 // come in the order in which they are started, and each has its own stage until it has been read.
-template <typename S, bool kVectors>
+template <typename S>
 class MmaRing {
  public:
   using X = typename S::X;
@@ -62,7 +65,7 @@ class MmaRing {
       uint4* const to = place(stage, row, word);
       const X* const source = from.first + row * from.stride + 8 * word;
       const int left = row < from.rows ? from.columns - 8 * word : 0;
-      if constexpr (kVectors) {
+      if constexpr (S::kVectors) {
         if (left > 0) {  // with vectors, at least 8
           copy_async<16>(to, source);
         } else {
@@ -99,6 +102,31 @@ class MmaRing {
     load_matrices<kTransposed>(to, place(stage, row, word ^ 4 * (k % 2)) + 8 * (k / 2));
   }
 
+  // Where an element of a stage lies.
+  __device__ __forceinline__ X* element(int stage, int row, int column) const {
+    return reinterpret_cast<X*>(place(stage, row, column / 8)) + column % 8;
+  }
+
+  // Copies a stage's rows to memory, as far as they are there.
+  __device__ __forceinline__ void write(int stage, X* first, const MmaRows<X>& extent) const {
+    const int lane = static_cast<int>(threadIdx.x) % kWarp;
+#pragma unroll 1
+    for (int k = lane; k < kMmaRows << word_bits_; k += kWarp) {
+      const int row = k >> word_bits_, word = k - (row << word_bits_);
+      const int left = row < extent.rows ? extent.columns - 8 * word : 0;
+      X* const to = first + row * extent.stride + 8 * word;
+      if constexpr (S::kVectors) {
+        if (left > 0) *reinterpret_cast<uint4*>(to) = *place(stage, row, word);
+      } else {
+        X elements[8];
+        unpack<X, 8>(*place(stage, row, word), elements);
+        for (int j = 0; j < 8; ++j) {
+          if (j < left) to[j] = elements[j];
+        }
+      }
+    }
+  }
+
  private:
   // 8 rows begin in the same bank: word w of row r lies in the place of w ^ r, so that a matrix is
   // read from all banks at once.
@@ -111,11 +139,17 @@ class MmaRing {
   int word_bits_ = S::kGroup == 1 ? 2 : 3;
 };
 
+// Of W the lane's word of 8 outputs and matrix `m` of span `k`, in a factor of 16 rows. More than 8
+// outputs fill them. Up to 8 stand there twice, in a span's even and in its odd matrices.
+template <typename S, typename W>
+__device__ __forceinline__ auto& mma_weight(W& w, int tile, int k, int m) {
+  return S::kTiles == 1 ? w[k][m] : w[(tile / 2 * S::kSpans + k) * 2 + m / 2][m % 2 * 2 + tile % 2];
+}
+
 // A warp's columns of W[O, I] as the first factor of y^T, by way of the ring's first stage; zero
-// where there are none. The factor has 16 rows. More than 8 outputs fill them. Up to 8 stand there
-// twice, in a span's even and in its odd matrices of columns.
-template <typename S, typename Ring>
-__device__ __forceinline__ void read_mma_weight(Ring& ring, MmaRows<typename S::X> weight,
+// where there are none.
+template <typename S>
+__device__ __forceinline__ void read_mma_weight(MmaRing<S>& ring, MmaRows<typename S::X> weight,
                                                 unsigned (&w)[S::kQuads][4]) {
 #pragma unroll
   for (int tile = 0; tile < S::kTiles; ++tile) {
@@ -128,11 +162,7 @@ __device__ __forceinline__ void read_mma_weight(Ring& ring, MmaRows<typename S::
       ring.template read<false>(0, k, words);
 #pragma unroll
       for (int m = 0; m < 4; ++m) {
-        if (S::kTiles == 1) {
-          w[k][m] = words[m];
-        } else {
-          w[(tile / 2 * S::kSpans + k) * 2 + m / 2][m % 2 * 2 + tile % 2] = words[m];
-        }
+        mma_weight<S>(w, tile, k, m) = words[m];
       }
     }
     weight.first += kMmaOutputs * weight.stride;
@@ -159,8 +189,8 @@ __device__ __forceinline__ void read_mma_target(const MmaRows<typename S::X>& fr
 
 // y of a stage's rows over a warp's columns: y[tile][e] is that of output 8 tile + g and row 2 t +
 // e, in lane 4 g + t.
-template <typename S, typename Ring>
-__device__ __forceinline__ void multiply_rows(const Ring& ring, int stage,
+template <typename S>
+__device__ __forceinline__ void multiply_rows(const MmaRing<S>& ring, int stage,
                                               const unsigned (&w)[S::kQuads][4], int columns,
                                               float (&y)[S::kTiles][2]) {
   constexpr int kHeights = S::kTiles == 1 ? 1 : S::kTiles / 2;
@@ -245,8 +275,8 @@ struct SplitPair {
 
 // dW^T of a warp's columns: adds x^T dy of a stage's rows. Number e of dweight[tile][k] is that of
 // column 16 k + g + 8 (e / 2) and output 8 tile + 2 t + e % 2.
-template <typename S, typename Ring>
-__device__ __forceinline__ void add_mma_dweight(const Ring& ring, int stage,
+template <typename S>
+__device__ __forceinline__ void add_mma_dweight(const MmaRing<S>& ring, int stage,
                                                 const SplitPair<typename S::X> (&dy)[S::kTiles],
                                                 int columns,
                                                 float (&dweight)[S::kTiles][2 * S::kSpans][4]) {
@@ -268,13 +298,51 @@ __device__ __forceinline__ void add_mma_dweight(const Ring& ring, int stage,
   }
 }
 
+// dx^T = W^T dy^T of a stage's rows and a warp's columns, times `scale`, in the place of x.
+template <typename S>
+__device__ __forceinline__ void replace_by_dx(const MmaRing<S>& ring, int stage,
+                                              const unsigned (&w)[S::kQuads][4],
+                                              const SplitPair<typename S::X> (&dy)[S::kTiles],
+                                              float scale, int columns) {
+  using X = typename S::X;
+  const int lane = static_cast<int>(threadIdx.x) % kWarp, g = lane / 4, t = lane % 4;
+  unsigned high[S::kTiles][1], low[S::kTiles][1];
+#pragma unroll
+  for (int tile = 0; tile < S::kTiles; ++tile) {
+    high[tile][0] = transposed(dy[tile].high[0]);
+    low[tile][0] = transposed(dy[tile].low[0]);
+  }
+  __syncwarp();  // every lane has read x
+#pragma unroll
+  for (int k = 0; k < S::kSpans; ++k) {
+    if (k % S::kGroup == 0 && 32 * k >= columns) break;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      float sum[4] = {};
+#pragma unroll
+      for (int tile = 0; tile < S::kTiles; ++tile) {
+        const unsigned of_w[2] = {transposed(mma_weight<S>(w, tile, k, 2 * half)),
+                                  transposed(mma_weight<S>(w, tile, k, 2 * half + 1))};
+        multiply_add<X>(sum, of_w, high[tile]);
+        multiply_add<X>(sum, of_w, low[tile]);
+      }
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        *ring.element(stage, 2 * t + e % 2, 32 * k + 16 * half + 8 * (e / 2) + g) =
+            narrow<X>(sum[e] * scale);
+      }
+    }
+  }
+  __syncwarp();
+}
+
 // Adds dW of all teams into the first team's, halving the teams each time, by way of shared memory:
 // kMmaWarps / 2 warps' dW at most.
 template <typename S>
 __device__ __forceinline__ void add_teams(float (&dweight)[S::kTiles][2 * S::kSpans][4],
                                           float* shared, int warp, int team) {
   constexpr int kNumbers = S::kTiles * 2 * S::kSpans * 4;
-  static_assert(kNumbers * kWarp * sizeof(float) * kMmaWarps / 2 == kMmaTeamSums);
+  static_assert(kNumbers * kWarp * sizeof(float) * kMmaWarps / 2 == S::kTeamSums);
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
   for (int warps = kMmaWarps / 2; warps >= team; warps /= 2) {
     __syncthreads();  // what lay here has been read
@@ -294,9 +362,10 @@ __device__ __forceinline__ void add_teams(float (&dweight)[S::kTiles][2 * S::kSp
   }
 }
 
-// Contract as one_pass_rows_kernel, without dx; `team` warps share a row, a power of two with
-// team * S::kColumns >= I, and rows come through `stages` stages, 1 to 3.
-template <typename S, bool kVectors>
+// Contract as one_pass_rows_kernel; `team` warps share a row, a power of two with team *
+// S::kColumns
+// >= I, and rows come through `stages` stages, 1 to 3.
+template <typename S>
 __global__ void __launch_bounds__(kMmaThreads, 1)
     one_pass_mma_kernel(const __grid_constant__ OnePassArgs<typename S::X, typename S::X> a,
                         const int team, const int stages) {
@@ -316,7 +385,7 @@ __global__ void __launch_bounds__(kMmaThreads, 1)
   const bool is_first = warp % team == 0;
   const int first_column = warp % team * S::kColumns, columns = I - first_column;
 
-  MmaRing<S, kVectors> ring(shared + warp * stages * (S::kStageBytes / kMmaWarps), columns);
+  MmaRing<S> ring(shared + warp * stages * (S::kStageBytes / kMmaWarps), columns);
   unsigned w[S::kQuads][4];
   read_mma_weight<S>(ring, {a.weight + first_column, I, O, columns}, w);
   float dweight[S::kTiles][2 * S::kSpans][4] = {};
@@ -332,6 +401,8 @@ __global__ void __launch_bounds__(kMmaThreads, 1)
   };
   for (int k = 0; k < stages; ++k) ring.start(k, rows_at(row + k * step_rows));
   int stage = 0;
+  // Without rows a mean's scale is infinite, and dW is zero all the same.
+  const auto last_scale = [&] { return kScalesLast && rows > 0 ? a.dy_scale : 1.0f; };
   // Whole steps of the block: a team without rows has zeros.
   for (int step = 0; step * step_rows < rows; ++step) {
     X target[S::kTiles][2];
@@ -369,6 +440,10 @@ __global__ void __launch_bounds__(kMmaThreads, 1)
     }
     if (is_first) sums[0][thread] += static_cast<double>(loss);
     add_mma_dweight<S>(ring, stage, dy, columns, dweight);
+    if constexpr (S::kDx) {
+      replace_by_dx<S>(ring, stage, w, dy, last_scale(), columns);
+      ring.write(stage, dx_of(a, row) + first_column, {nullptr, I, rows - row, columns});
+    }
     __syncwarp();  // every lane has read: the stage is free
     ring.start(stage, rows_at(row + stages * step_rows));
     row += step_rows;
@@ -377,8 +452,6 @@ __global__ void __launch_bounds__(kMmaThreads, 1)
   ring.wait(0);
 
   add_teams<S>(dweight, reinterpret_cast<float*>(shared), warp, team);
-  // Without rows a mean's scale is infinite, and dW is zero all the same.
-  const float last_scale = kScalesLast && rows > 0 ? a.dy_scale : 1.0f;
   const Partials<float> partials = partials_of(a);
   float* const out = partials.dweight(blockIdx.x);
 #pragma unroll
@@ -390,7 +463,7 @@ __global__ void __launch_bounds__(kMmaThreads, 1)
         const int o = kMmaOutputs * tile + 2 * t + e % 2;
         const int i = first_column + 16 * k + g + 8 * (e / 2);
         const float value = dweight[tile][k][e];
-        if (my_team == 0 && o < O && i < I) out[o * I + i] = value * last_scale;
+        if (my_team == 0 && o < O && i < I) out[o * I + i] = value * last_scale();
       }
     }
   }

@@ -78,44 +78,48 @@ constexpr int64_t wide_columns(int64_t O, int64_t accum_bytes) {
 
 // On the units that multiply matrices, for x, W and target of one 16-bit type: 8 warps of a block
 // have 512 columns of up to 8 outputs each, 256 of up to 16 or 128 of up to 32, which is 128
-// registers of dW and 64 of W in each lane. x comes through shared memory, 8 rows to a stage. Three
-// stages are 192 KiB with up to 8 outputs; GPUs that have less take two, or one, which then waits
-// for each of its rows.
+// registers of dW and 64 of W in each lane. Where dx is made, half as many: W is there twice. x
+// comes through shared memory, 8 rows to a stage. Three stages are 192 KiB with up to 8 outputs;
+// GPUs that have less take two, or one, which then waits for each of its rows.
 constexpr int kMmaThreads = 256;
 constexpr int kMmaWarps = kMmaThreads / kWarp;
 constexpr int kMmaRows = 8;     // of x, one product takes
 constexpr int kMmaOutputs = 8;  // likewise
-constexpr int kMmaColumns = 512;
 constexpr int kMaxMmaStages = 3;
 constexpr int64_t kMaxMmaOutputs = 32;
 constexpr int mma_tiles(int64_t O) { return O <= 8 ? 1 : O <= 16 ? 2 : 4; }
-constexpr int64_t mma_columns(int64_t O) { return kMmaWarps * kMmaColumns / mma_tiles(O); }
+// Of a warp, with so many times 8 outputs, and of a block.
+constexpr int mma_warp_columns(int tiles, bool with_dx) { return 512 / tiles / (with_dx ? 2 : 1); }
+constexpr int64_t mma_columns(int64_t O, bool with_dx) {
+  return kMmaWarps * mma_warp_columns(mma_tiles(O), with_dx);
+}
 // The warps that share a row.
-constexpr int mma_team(int64_t I, int64_t O) {
+constexpr int mma_team(int64_t I, int warp_columns) {
   int warps = 1;
-  while (warps * kMmaColumns / mma_tiles(O) < I) warps *= 2;
+  while (warps * warp_columns < I) warps *= 2;
   return warps;
 }
-constexpr int64_t mma_step_rows(int64_t I, int64_t O) {
-  return kMmaRows * (kMmaWarps / mma_team(I, O));
-}
-constexpr int mma_ring_bytes(int tiles, int stages) {
-  return 2 * stages * kMmaWarps * kMmaRows * (kMmaColumns / tiles);
+constexpr int mma_ring_bytes(int warp_columns, int stages) {
+  return 2 * stages * kMmaWarps * kMmaRows * warp_columns;
 }
 // Half of a block's dW, where teams are added.
-constexpr int64_t kMmaTeamSums = int64_t{4} * (kMmaWarps / 2) * kMmaOutputs * kMmaColumns;
-constexpr int64_t mma_shared_bytes(int tiles, int stages, int team) {
+constexpr int64_t mma_team_sums(int tiles, int warp_columns) {
+  return int64_t{4} * (kMmaWarps / 2) * kMmaOutputs * tiles * warp_columns;
+}
+constexpr int64_t mma_shared_bytes(int tiles, int warp_columns, int stages, int team) {
   const int64_t sums = int64_t{8} * (1 + tiles) * kMmaThreads;
   const int64_t products = team > 1 ? int64_t{2} * kMmaWarps * tiles * kWarp * 8 : 0;
-  return sums +
-         at_least(mma_ring_bytes(tiles, stages) + products, team < kMmaWarps ? kMmaTeamSums : 0);
+  return sums + at_least(mma_ring_bytes(warp_columns, stages) + products,
+                         team < kMmaWarps ? mma_team_sums(tiles, warp_columns) : 0);
 }
 // What the ordered sum has beside it, and more than that.
 constexpr int64_t kStaticShared = 256;
-constexpr int mma_stages(int tiles, int team, int64_t most_shared) {
+constexpr int mma_stages(int tiles, int warp_columns, int team, int64_t most_shared) {
   int stages = kMaxMmaStages;
-  while (stages > 1 && mma_shared_bytes(tiles, stages, team) + kStaticShared > most_shared)
+  while (stages > 1 &&
+         mma_shared_bytes(tiles, warp_columns, stages, team) + kStaticShared > most_shared) {
     --stages;
+  }
   return stages;
 }
 // Rows of fewer columns leave too little on its way: at 64 it is 24 KiB. Where rows begin at any
@@ -123,7 +127,7 @@ constexpr int mma_stages(int tiles, int team, int64_t most_shared) {
 constexpr int64_t kMinMmaColumns = 64;
 constexpr bool fits_mma(int64_t I, int64_t O, int64_t x_bytes, int64_t param_bytes) {
   return x_bytes == 2 && param_bytes == 2 && O > one_pass_outputs(x_bytes) && O <= kMaxMmaOutputs &&
-         I >= kMinMmaColumns && I % 8 == 0 && I <= mma_columns(O);
+         I >= kMinMmaColumns && I % 8 == 0 && I <= mma_columns(O, false);
 }
 
 // A chunk is the work of one block. 8 rounds of the 396 blocks that an H200 holds at once: however
@@ -180,11 +184,12 @@ constexpr Chunks one_pass_chunks(const LinearShape& s) {
 }
 
 // One block is on a multiprocessor at a time. More rounds of an H200's 132 share the work out
-// better on other GPUs, but the sums of a chunk, up to 128 KiB, are to be a 64th of its x.
+// better on other GPUs, but the sums of a chunk, up to 128 KiB, are to be a 64th of its x. 64 rows
+// are a whole number of a block's steps, whatever its teams.
 constexpr int64_t kMmaRound = 132;
 constexpr Chunks mma_chunks(const LinearShape& s) {
   const int64_t rounds = s.B * 2 / (64 * 4 * at_least(1, s.O) * kMmaRound);
-  return chunks_of(s, kMmaRound * at_least(1, at_most(rounds, 8)), mma_step_rows(s.I, s.O));
+  return chunks_of(s, kMmaRound * at_least(1, at_most(rounds, 8)), kMmaRows * kMmaWarps);
 }
 
 // Groups, and one for all of them.
@@ -326,10 +331,12 @@ constexpr Plan choose_plan(const LinearShape& s, int64_t x_bytes, int64_t param_
   return idle ? Plan::kGemm : Plan::kOnePass;
 }
 
-// For a loss and its gradients, which tiny does not make, nor one-pass on the matrix units dx.
+// For a loss and its gradients, which tiny does not make, nor one-pass on the matrix units a dx of
+// wide rows.
 constexpr Plan choose_gradient_plan(const LinearShape& s, int64_t x_bytes, int64_t param_bytes,
                                     bool needs_dx) {
-  if (needs_dx && fits_mma(s.I, s.O, x_bytes, param_bytes)) return Plan::kGemm;
+  const bool by_mma = fits_mma(s.I, s.O, x_bytes, param_bytes);
+  if (by_mma && needs_dx && s.I > mma_columns(s.O, true)) return Plan::kGemm;
   const Plan plan = choose_plan(s, x_bytes, param_bytes);
   if (plan != Plan::kTiny) return plan;
   return serves(Plan::kOnePass, s, x_bytes, param_bytes) ? Plan::kOnePass : Plan::kGemm;

@@ -62,7 +62,9 @@ void test_grad(const Sizes& s) {
   const Gradients<X> want =
       reference_gradients(data, 0, s.B, exact(layer.weight),
                           layer.has_bias ? exact(layer.bias) : std::vector<Bound<X>>(), split);
+  const bool needs_dx = s.I <= mma_columns(s.O, true) && hash(s.seed, 50) % 4 != 0;
   const bool needs_sums = hash(s.seed, 51) % 4 != 0;
+  Memory<X> dx(s.B * s.I, hash(s.seed, 52) % 4 == 0 ? 1 : 0, hash(s.seed, 53));
   Memory<float> dweight(s.O * s.I, hash(s.seed, 54) % 2 == 0, hash(s.seed, 55));
   Memory<float> dbias(s.O, 0, hash(s.seed, 56));
   OnePassGrad<X, X> args{data.rows(),
@@ -72,7 +74,7 @@ void test_grad(const Sizes& s) {
                          layer.weight.data(),
                          layer.has_bias ? layer.bias.data() : nullptr,
                          run.loss.data(),
-                         nullptr,
+                         needs_dx ? dx.data() : nullptr,
                          needs_sums ? dweight.data() : nullptr,
                          needs_sums ? dbias.data() : nullptr,
                          run.scratch.get()};
@@ -84,6 +86,12 @@ void test_grad(const Sizes& s) {
     check_values("dbias", dbias, want.dbias);
   } else {
     check(dweight.untouched() && dbias.untouched(), "wrote sums that nobody asked for");
+  }
+  if (needs_dx) {
+    check_dx<X, X>(dx, s, want, exact(layer.weight), split);
+    check(dx.intact(), "wrote beside dx");
+  } else {
+    check(dx.untouched(), "wrote a dx that nobody asked for");
   }
   check(layer.weight.equals(weight) && layer.bias.equals(bias), "W or b changed");
   data.check_unchanged();
@@ -126,7 +134,7 @@ template <typename X>
 void test_chunks(uint64_t seed) {
   for (const int64_t O : {3, 8, 12, 20}) {
     for (const int64_t I : {64, 264, 640}) {
-      const int64_t rows = round_up(min_chunk_rows(I, O), mma_step_rows(I, O));
+      const int64_t rows = round_up(min_chunk_rows(I, O), kMmaRows * kMmaWarps);
       for (const int64_t chunks : {1, 2, 3, 7}) {
         for (const int64_t B : {chunks * rows - 1, chunks * rows, chunks * rows + 1}) {
           if (B * I * O <= 1000 * 1000) test_either<X>({B, I, O, ++seed});
@@ -272,11 +280,11 @@ TEST(mma_carries_a_residual_beyond_the_largest_number) { FOR_EACH_MMA(test_large
 
 TEST(mma_refuses_what_it_has_no_kernel_for) {
   describe("mma limits");
-  BFloat16 dx[64];
+  BFloat16 dx[1];
   OnePassGrad<BFloat16, BFloat16> with_dx{};
-  with_dx.shape = {1, 64, 3};
+  with_dx.shape = {1, 2056, 3};
   with_dx.dx = dx;
-  check(launch_one_pass_grad(with_dx, nullptr) == cudaErrorInvalidValue, "took dx");
+  check(launch_one_pass_grad(with_dx, nullptr) == cudaErrorInvalidValue, "took dx of a wide row");
   OnePassStep<BFloat16, BFloat16> s{};
   for (const LinearShape& shape :
        {LinearShape{1, 4104, 3}, {1, 68, 3}, {1, 56, 3}, {1, 64, 33}, {1, 2056, 9}}) {

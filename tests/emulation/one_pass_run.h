@@ -2,6 +2,8 @@
 // A layer and what a one-pass step of it needs.
 #pragma once
 
+#include <vector>
+
 #include "problem.h"
 
 namespace fused_step::test {
@@ -28,5 +30,24 @@ struct StepRun {
                                             nullptr);
   }
 };
+
+// dx = dy_scale r W, rounded once.
+template <typename X, typename P>
+void check_dx(const Memory<X>& dx, const Sizes& s, const Gradients<P>& want,
+              const std::vector<Bound<P>>& weight, const Bound<P>& dy_scale) {
+  for (int64_t b = 0; b < s.B; ++b) {
+    for (int64_t i = 0; i < s.I; ++i) {
+      Sum<Accum<P>> sum;
+      for (int64_t o = 0; o < s.O; ++o) {
+        sum.add(want.residual[static_cast<size_t>(b * s.O + o)] * dy_scale *
+                weight[static_cast<size_t>(o * s.I + i)]);
+      }
+      const Bound<P> one = sum.total().rounded();
+      check_close<Accum<P>>("dx", b * s.I + i, value(dx[b * s.I + i]),
+                            {one.v, one.e + Rounding<X>::kRelative * (std::fabs(one.v) + one.e) +
+                                        Rounding<X>::kAbsolute});
+    }
+  }
+}
 
 }  // namespace fused_step::test

@@ -70,20 +70,7 @@ void test_grad(const Sizes& s) {
     check(dweight.untouched() && dbias.untouched(), "wrote sums that nobody asked for");
   }
   if (needs_dx) {
-    for (int64_t b = 0; b < s.B; ++b) {
-      for (int64_t i = 0; i < s.I; ++i) {
-        Sum<A> sum;
-        for (int64_t o = 0; o < s.O; ++o) {
-          sum.add(want.residual[static_cast<size_t>(b * s.O + o)] *
-                  Bound<P>(static_cast<long double>(dy_scale)) *
-                  w[static_cast<size_t>(o * s.I + i)]);
-        }
-        const Bound<P> one = sum.total().rounded();
-        check_close<A>("dx", b * s.I + i, value(dx[b * s.I + i]),
-                       {one.v, one.e + Rounding<X>::kRelative * (std::fabs(one.v) + one.e) +
-                                   Rounding<X>::kAbsolute});
-      }
-    }
+    check_dx<X, P>(dx, s, want, w, Bound<P>(static_cast<long double>(dy_scale)));
     check(dx.intact(), "wrote beside dx");
   } else {
     check(dx.untouched(), "wrote a dx that nobody asked for");

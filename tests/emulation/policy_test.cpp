@@ -30,18 +30,27 @@ TEST(chunks_cover_every_row_once_and_keep_to_their_limits) {
 
 TEST(chunks_of_matrix_units_are_whole_steps_and_keep_to_their_limits) {
   for (const int64_t O : {3, 8, 9, 16, 32}) {
-    for (int64_t I = kMinMmaColumns; I <= mma_columns(O); I += 8 + I / 64 * 8) {
-      const int team = mma_team(I, O);
-      describe("I %lld O %lld", static_cast<long long>(I), static_cast<long long>(O));
-      check(team <= kMmaWarps && team * kMmaColumns / mma_tiles(O) >= I, "a team too small");
-      // The smallest GPUs, an A100, an H200.
-      const int tiles = mma_tiles(O);
-      check(mma_shared_bytes(tiles, 1, team) + kStaticShared <= 99 * 1024, "no room for a stage");
-      check(mma_stages(tiles, team, 163 * 1024) >= 2, "one stage where there is room for two");
-      check(mma_stages(tiles, team, 227 * 1024) == 3, "fewer stages than there is room for");
+    const int tiles = mma_tiles(O);
+    for (const bool with_dx : {false, true}) {
+      const int columns = mma_warp_columns(tiles, with_dx);
+      for (int64_t I = kMinMmaColumns; I <= mma_columns(O, with_dx); I += 8 + I / 64 * 8) {
+        const int team = mma_team(I, columns);
+        describe("I %lld O %lld", static_cast<long long>(I), static_cast<long long>(O));
+        check(team <= kMmaWarps && team * columns >= I, "a team too small");
+        // The smallest GPUs, an A100, an H200.
+        check(mma_shared_bytes(tiles, columns, 1, team) + kStaticShared <= 99 * 1024,
+              "no room for a stage");
+        check(mma_stages(tiles, columns, team, 163 * 1024) >= 2, "one stage where two fit");
+        check(mma_stages(tiles, columns, team, 227 * 1024) == 3, "fewer stages than fit");
+        check(kMmaRows * kMmaWarps % (kMmaRows * (kMmaWarps / team)) == 0, "steps of a block");
+      }
+    }
+    for (int64_t I = kMinMmaColumns; I <= mma_columns(O, false); I += 8 + I / 64 * 8) {
       for (int64_t B = 1; B < (int64_t{1} << 33); B = B * 2 + 1) {
+        describe("B %lld I %lld O %lld", static_cast<long long>(B), static_cast<long long>(I),
+                 static_cast<long long>(O));
         const Chunks c = mma_chunks({B, I, O});
-        check(c.rows % mma_step_rows(I, O) == 0, "rows");
+        check(c.rows % (kMmaRows * kMmaWarps) == 0, "rows");
         check(c.count >= 1 && c.count <= kMaxChunks && c.groups <= kMaxGroups, "count");
         check(c.count * c.rows >= B && (c.count - 1) * c.rows < B, "rows");
         if (c.count == 1) continue;
@@ -101,7 +110,8 @@ TEST(plan_follows_the_sizes) {
             const Plan of_gradients = choose_gradient_plan({B, I, O}, bytes, bytes, needs_dx);
             check(of_gradients != Plan::kTiny, "tiny makes no gradients");
             if (of_gradients == Plan::kOnePass) {
-              check(fits && !(by_mma && needs_dx), "one-pass for gradients");
+              check(fits && !(by_mma && needs_dx && I > mma_columns(O, true)),
+                    "one-pass for gradients");
             }
           }
         }

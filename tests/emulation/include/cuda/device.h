@@ -81,6 +81,24 @@ void load_matrices(unsigned (&to)[4], const void* row, EMULATION_SITE) {
                         {file, line});
 }
 
+inline unsigned transposed(unsigned word, EMULATION_SITE) {
+  unsigned result;
+  ::emulation::together(word, result,
+                        [](const ::emulation::Given& given, ::emulation::Taken& taken) {
+                          uint16_t matrix[8][8];
+                          for (int lane = 0; lane < 32; ++lane) {
+                            std::memcpy(&matrix[lane / 4][2 * (lane % 4)], given.lanes[lane], 4);
+                          }
+                          for (int lane = 0; lane < 32; ++lane) {
+                            const int g = lane / 4, t = lane % 4;
+                            const uint16_t pair[2] = {matrix[2 * t][g], matrix[2 * t + 1][g]};
+                            std::memcpy(taken.lanes[lane], pair, 4);
+                          }
+                        },
+                        {file, line});
+  return result;
+}
+
 // What a lane gives to a product: a and b, and d as it was.
 template <int kK>
 struct Factors {
