@@ -16,12 +16,11 @@
 namespace fused_step::cuda {
 
 // What a warp holds: kTiles times 8 outputs, kColumns columns of x, W and dW.
-template <typename X_, int kTiles_, bool kVectors_, bool kDx_>
+template <typename X_, int kTiles_, bool kDx_>
 struct MmaPart {
   using X = X_;
   static constexpr int kTiles = kTiles_;
-  static constexpr bool kVectors = kVectors_;  // as takes_vectors(), and for W
-  static constexpr bool kDx = kDx_;            // dx is written
+  static constexpr bool kDx = kDx_;  // dx is written
   static constexpr int kColumns = mma_warp_columns(kTiles, kDx);
   static constexpr int kSpans = kColumns / 32;  // what one load_matrices() brings
   // Columns in groups of so many spans: a warp without columns in one leaves it out.
@@ -48,9 +47,10 @@ class MmaRing {
   using X = typename S::X;
   static constexpr int kRowWords = S::kColumns / 8;
 
-  // `columns`: that the warp has, or less than 1.
-  __device__ __forceinline__ MmaRing(unsigned char* shared, int columns)
-      : ring_(reinterpret_cast<uint4*>(shared)) {
+  // `columns`: that the warp has, or less than 1. `vectors`: all rows begin and end at multiples of
+  // 16 bytes.
+  __device__ __forceinline__ MmaRing(unsigned char* shared, int columns, bool vectors)
+      : ring_(reinterpret_cast<uint4*>(shared)), vectors_(vectors) {
     while (kRowWords >> word_bits_ > 1 && 8 << word_bits_ < columns) ++word_bits_;
   }
 
@@ -65,8 +65,8 @@ class MmaRing {
       uint4* const to = place(stage, row, word);
       const X* const source = from.first + row * from.stride + 8 * word;
       const int left = row < from.rows ? from.columns - 8 * word : 0;
-      if constexpr (S::kVectors) {
-        if (left > 0) {  // with vectors, at least 8
+      if (vectors_) {
+        if (left > 0) {  // at least 8
           copy_async<16>(to, source);
         } else {
           *to = uint4{};
@@ -115,7 +115,7 @@ class MmaRing {
       const int row = k >> word_bits_, word = k - (row << word_bits_);
       const int left = row < extent.rows ? extent.columns - 8 * word : 0;
       X* const to = first + row * extent.stride + 8 * word;
-      if constexpr (S::kVectors) {
+      if (vectors_) {
         if (left > 0) *reinterpret_cast<uint4*>(to) = *place(stage, row, word);
       } else {
         X elements[8];
@@ -135,6 +135,7 @@ class MmaRing {
   }
 
   uint4* ring_;
+  bool vectors_;
   // Of as many words a row is copied: a power of two, a group of spans at least.
   int word_bits_ = S::kGroup == 1 ? 2 : 3;
 };
@@ -368,7 +369,7 @@ __device__ __forceinline__ void add_teams(float (&dweight)[S::kTiles][2 * S::kSp
 template <typename S>
 __global__ void __launch_bounds__(kMmaThreads, 1)
     one_pass_mma_kernel(const __grid_constant__ OnePassArgs<typename S::X, typename S::X> a,
-                        const int team, const int stages) {
+                        const int team, const int stages, const bool vectors) {
   using X = typename S::X;
   // float16 would lose small dy, where the mean is over many: its r is used, and scaled at the end.
   constexpr bool kScalesLast = kIsFloat16<X>;
@@ -385,7 +386,7 @@ __global__ void __launch_bounds__(kMmaThreads, 1)
   const bool is_first = warp % team == 0;
   const int first_column = warp % team * S::kColumns, columns = I - first_column;
 
-  MmaRing<S> ring(shared + warp * stages * (S::kStageBytes / kMmaWarps), columns);
+  MmaRing<S> ring(shared + warp * stages * (S::kStageBytes / kMmaWarps), columns, vectors);
   unsigned w[S::kQuads][4];
   read_mma_weight<S>(ring, {a.weight + first_column, I, O, columns}, w);
   float dweight[S::kTiles][2 * S::kSpans][4] = {};
