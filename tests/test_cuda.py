@@ -141,6 +141,18 @@ def test_step_takes_as_few_launches_as_promised(plan, most):
     assert step.plan == plan
 
 
+@pytest.mark.parametrize("needs_dx", [False, True])
+def test_loss_of_up_to_32_outputs_of_16_bit_takes_one_kernel(needs_dx):
+    def launches(outputs: int) -> int:
+        x = torch.randn(1_003, 136, dtype=torch.bfloat16, requires_grad=needs_dx)
+        weight = torch.randn(outputs, 136, dtype=torch.bfloat16, requires_grad=True)
+        target = torch.randn(1_003, outputs, dtype=torch.bfloat16)
+        return len(launches_of(lambda: fused_step.linear_mse_loss(x, weight, target)))
+
+    assert launches(29) <= 2  # and what makes its tickets zero
+    assert launches(33) > 2  # by GEMMs
+
+
 def test_tiny_run_takes_one_launch_for_many_steps():
     problem = Problem.random(40, 5, 1)
     _, step = trainer(problem)

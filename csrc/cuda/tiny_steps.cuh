@@ -80,14 +80,14 @@ __global__ void __launch_bounds__(kTinyThreads, 1)
   const auto no_dx = [](int) -> typename S::X* { return nullptr; };
   int64_t first_row = a.first_row;
   // The next rows, of this step or the one after it, are on their way while the present ones are
-  // used: their 600 cycles would be a fifth of a step of few rows.
+  // used: a step of few rows would wait for them longer than for anything else.
   const auto rows_of_step = [&] {
     return RowSet<typename S::X, P>(a.data, first_row + team, rows_at(a, first_row) - team, teams);
   };
   RowSet<typename S::X, P> rows = rows_of_step();
   Slice<S> next;
   read_slice<S>(rows, lane, I, O, next);
-  // Two divisions in double, which are worth another fifth, follow from the number of rows alone.
+  // Two divisions in double, made again only when a batch has another number of rows.
   int scaled_for = -1;
   A dy_scale = A(0);
   double loss_scale = 0.0;
@@ -112,8 +112,10 @@ __global__ void __launch_bounds__(kTinyThreads, 1)
       const int left = rows.left;
       if (row + teams * S::kRows < count) {
         rows.advance(S::kRows);
-      } else {
+      } else if (step + 1 < a.steps) {
         rows = rows_of_step();
+      } else {
+        rows.left = 0;  // nothing follows that would use them
       }
       read_slice<S>(rows, lane, I, O, next);
       add_slice<S>(slice, left, teams, w, b, dy_scale, lane, I, O, no_dx, sums);

@@ -31,6 +31,23 @@ struct StepRun {
   }
 };
 
+// What the first run of some has left; each other must leave the same.
+template <typename P>
+struct FirstBits {
+  std::vector<P> weight, bias, loss;
+
+  template <typename X>
+  void check_same(const StepRun<X, P>& run, const char* message) {
+    if (weight.empty()) {
+      weight = run.layer.weight.copy();
+      bias = run.layer.bias.copy();
+      loss = run.loss.copy();
+    }
+    check(run.layer.weight.equals(weight) && run.layer.bias.equals(bias) && run.loss.equals(loss),
+          "%s", message);
+  }
+};
+
 // dx = dy_scale r W, rounded once.
 template <typename X, typename P>
 void check_dx(const Memory<X>& dx, const Sizes& s, const Gradients<P>& want,
