@@ -4,12 +4,13 @@
 
 namespace FUSED_STEP_ISA {
 
-// How many rows and outputs one block of dot products has: as many accumulators as a vector has
-// lanes, so that transpose_sum gives all sums as one vector.
-template <typename T, bool kOneOutput>
-constexpr int kDotRows = kOneOutput || kLanes<T> < 4 ? kLanes<T> : 4;
-template <typename T, bool kOneOutput>
-constexpr int kDotOutputs = kLanes<T> / kDotRows<T, kOneOutput>;
+// A block of dot products has as many accumulators as a vector has lanes, so that transpose_sum
+// gives all sums as one vector. With several outputs it has at most four rows; with one, as many as
+// there are: few rows have several accumulators each, for vectors side by side.
+template <typename T, int kRows, int kOutputs>
+constexpr int kDotVecs = kLanes<T> / (kRows * kOutputs);
+template <typename T>
+constexpr int kMinDotRows = std::min(4, kLanes<T>);
 
 // The rows of a block. All there: four addresses from each of two pointers and a stride, which is
 // all that the 16 general registers have room for. Ragged: rows beyond the last repeat it.
@@ -33,10 +34,9 @@ class BlockRows {
 };
 
 // Adds the products of one vector of columns of the block's rows and outputs.
-template <typename T, bool kOneOutput, bool kTail, typename X, typename W>
+template <typename T, int kRows, int kOutputs, bool kTail, typename X, typename W>
 FUSED_STEP_INLINE void add_products(const X& x, const W& weight, int64_t i,
-                                    const FirstLanes<T>& lanes, Vec<T> (&acc)[kLanes<T>]) {
-  constexpr int kRows = kDotRows<T, kOneOutput>, kOutputs = kDotOutputs<T, kOneOutput>;
+                                    const FirstLanes<T>& lanes, Vec<T>* acc) {  // [kOutputs, kRows]
   Vec<T> w[kOutputs];
   for (int p = 0; p < kOutputs; ++p) {
     w[p] = kTail ? load_first(weight[p] + i, lanes) : load(weight[p] + i);
@@ -49,37 +49,77 @@ FUSED_STEP_INLINE void add_products(const X& x, const W& weight, int64_t i,
 
 // Dot products of the block's rows with its rows of W; lane p * kRows + row. In a ragged block the
 // lanes of missing rows and outputs are of no use.
-template <typename T, bool kOneOutput, bool kRagged, typename X>
+template <typename T, int kRows, int kOutputs, bool kRagged, typename X>
 FUSED_STEP_INLINE Vec<T> dot_block(const X* x,  // [rows, I]
                                    int64_t x_stride, int rows,
                                    const T* weight,  // [outputs, I]
                                    int outputs, int64_t I) {
-  constexpr int kRows = kDotRows<T, kOneOutput>, kOutputs = kDotOutputs<T, kOneOutput>;
+  constexpr int kVecs = kDotVecs<T, kRows, kOutputs>, kSums = kRows * kOutputs;
   const BlockRows<X, kRows, kRagged> x_rows(x, x_stride, rows);
   const BlockRows<T, kOutputs, kRagged> w_rows(weight, I, outputs);
   Vec<T> acc[kLanes<T>];
   for (auto& a : acc) a = Vec<T>{};
   int64_t i = 0;
-  for (; i + kLanes<T> <= I; i += kLanes<T>) {
-    add_products<T, kOneOutput, false>(x_rows, w_rows, i, FirstLanes<T>{}, acc);
+  for (; i + kVecs * kLanes<T> <= I; i += kVecs * kLanes<T>) {
+    for (int v = 0; v < kVecs; ++v) {
+      add_products<T, kRows, kOutputs, false>(x_rows, w_rows, i + v * kLanes<T>, FirstLanes<T>{},
+                                              acc + v * kSums);
+    }
   }
-  if (i < I) add_products<T, kOneOutput, true>(x_rows, w_rows, i, first_lanes<T>(I - i), acc);
+  for (; kVecs > 1 && i + kLanes<T> <= I; i += kLanes<T>) {
+    add_products<T, kRows, kOutputs, false>(x_rows, w_rows, i, FirstLanes<T>{}, acc);
+  }
+  if (i < I) {
+    add_products<T, kRows, kOutputs, true>(x_rows, w_rows, i, first_lanes<T>(I - i), acc);
+  }
   return transpose_sum<T>(acc);
 }
 
 // Puts the lanes of a block's sums into the columns of `products`.
-template <typename T, bool kOneOutput>
+template <typename T, int kRows, int kOutputs>
 FUSED_STEP_INLINE void store_sums(const Vec<T>& sums, int outputs,
                                   T* products) {  // [outputs, kMaxTileRows]
-  constexpr int kRows = kDotRows<T, kOneOutput>;
   if constexpr (kRows == kLanes<T>) {
     store(products, sums);
   } else {
     T lanes[kLanes<T>];
     store(lanes, sums);
     for (int p = 0; p < outputs; ++p) {
-      for (int r = 0; r < kRows; ++r) products[p * kMaxTileRows + r] = lanes[p * kRows + r];
+      for (int r = 0; r < kRows; ++r) {
+        T sum = lanes[p * kRows + r];
+        for (int v = 1; v < kDotVecs<T, kRows, kOutputs>; ++v) {
+          sum += lanes[(v * kOutputs + p) * kRows + r];
+        }
+        products[p * kMaxTileRows + r] = sum;
+      }
     }
+  }
+}
+
+// The products of one block, whose first row is x and first output o.
+template <typename T, int kRows, int kOutputs, bool kRagged, typename X>
+FUSED_STEP_INLINE void block_products(const OnePassChunk<T>& a, const X* x, int64_t rows, int64_t o,
+                                      T* products) {  // [outputs, kMaxTileRows]
+  const int outputs = static_cast<int>(std::min<int64_t>(kOutputs, a.O - o));
+  store_sums<T, kRows, kOutputs>(
+      dot_block<T, kRows, kOutputs, kRagged>(x, a.batch.x_stride, static_cast<int>(rows),
+                                             a.weight + o * a.I, outputs, a.I),
+      outputs, products);
+}
+
+// The products of the rows from `row` on with the one row of W: in blocks of kRows while there are
+// as many, then in blocks of half.
+template <typename T, int kRows, typename X>
+FUSED_STEP_INLINE void row_products(const OnePassChunk<T>& a, const X* x, int64_t row, int64_t rows,
+                                    T* products) {
+  const int64_t x_stride = a.batch.x_stride;
+  for (; row + kRows <= rows; row += kRows) {
+    block_products<T, kRows, 1, false>(a, x + row * x_stride, kRows, 0, products + row);
+  }
+  if constexpr (kRows > kMinDotRows<T>) {
+    row_products<T, kRows / 2>(a, x, row, rows, products);
+  } else if (row < rows) {
+    block_products<T, kRows, 1, true>(a, x + row * x_stride, rows - row, 0, products + row);
   }
 }
 
@@ -87,19 +127,19 @@ FUSED_STEP_INLINE void store_sums(const Vec<T>& sums, int outputs,
 template <typename T, bool kOneOutput, typename X>
 FUSED_STEP_INLINE void tile_products(const OnePassChunk<T>& a, const X* x, int64_t rows,
                                      T* products) {
-  constexpr int kRows = kDotRows<T, kOneOutput>, kOutputs = kDotOutputs<T, kOneOutput>;
-  const int64_t x_stride = a.batch.x_stride;
-  for (int64_t row = 0; row < rows; row += kRows) {
-    const X* const block = x + row * x_stride;
-    const int n = static_cast<int>(std::min<int64_t>(kRows, rows - row));
-    for (int64_t o = 0; o < a.O; o += kOutputs) {
-      const T* const weight = a.weight + o * a.I;
-      const int outputs = static_cast<int>(std::min<int64_t>(kOutputs, a.O - o));
-      const bool ragged = n < kRows || outputs < kOutputs;
-      store_sums<T, kOneOutput>(
-          ragged ? dot_block<T, kOneOutput, true>(block, x_stride, n, weight, outputs, a.I)
-                 : dot_block<T, kOneOutput, false>(block, x_stride, n, weight, outputs, a.I),
-          outputs, products + o * kMaxTileRows + row);
+  if constexpr (kOneOutput) {
+    row_products<T, kLanes<T>>(a, x, 0, rows, products);
+  } else {
+    constexpr int kRows = kMinDotRows<T>, kOutputs = kLanes<T> / kRows;
+    for (int64_t row = 0; row < rows; row += kRows) {
+      const X* const block = x + row * a.batch.x_stride;
+      const int64_t n = std::min<int64_t>(kRows, rows - row);
+      for (int64_t o = 0; o < a.O; o += kOutputs) {
+        T* const out = products + o * kMaxTileRows + row;
+        const bool ragged = n < kRows || o + kOutputs > a.O;
+        ragged ? block_products<T, kRows, kOutputs, true>(a, block, n, o, out)
+               : block_products<T, kRows, kOutputs, false>(a, block, n, o, out);
+      }
     }
   }
 }
@@ -227,6 +267,10 @@ FUSED_STEP_INLINE void tile_outer(const OnePassChunk<T>& a, const X* x, int64_t 
   for (; i + kVecs * kLanes<T> <= a.I; i += kVecs * kLanes<T>) {
     outer_columns<T, kOneOutput, kVecs>(a, x, rows, next, dy, i, first_tile);
     if (next.at != nullptr) next.at += kLine;
+  }
+  if (kOneOutput && i + 4 * kLanes<T> <= a.I) {
+    outer_columns<T, kOneOutput, 4>(a, x, rows, NextTile{}, dy, i, first_tile);
+    i += 4 * kLanes<T>;
   }
   for (; i + kLanes<T> <= a.I; i += kLanes<T>) {
     outer_columns<T, kOneOutput, 1>(a, x, rows, NextTile{}, dy, i, first_tile);
