@@ -225,10 +225,23 @@ FUSED_STEP_INLINE Vec<Accum<S>> load_first(const S* p, const FirstLanes<Accum<S>
   }
 }
 
-// A scalar loop, not a masked store: vmaskmovps to memory is microcoded on AMD (42 uops on Zen 2).
+// Not a masked store with AVX2: vmaskmovps to memory is microcoded on AMD (42 uops on Zen 2). But
+// one with AVX-512: there gcc 12 makes vextractf64x4 with a mask of the loop, which, unlike a
+// masked store, faults for lanes that the mask leaves out.
 template <typename S>
 FUSED_STEP_INLINE void store_first(S* p, const Vec<Accum<S>>& v,
                                    const FirstLanes<Accum<S>>& lanes) {
+#if defined(FUSED_STEP_AVX512)
+  const unsigned mask = (1u << lanes.n) - 1u;
+  if constexpr (kIsWord<S>) {
+    const Words words = narrow_words<S>(v);
+    _mm256_mask_storeu_epi16(p, static_cast<__mmask16>(mask), (__m256i)words.bits);
+  } else if constexpr (sizeof(S) == 4) {
+    _mm512_mask_storeu_ps(p, static_cast<__mmask16>(mask), (__m512)v);
+  } else {
+    _mm512_mask_storeu_pd(p, static_cast<__mmask8>(mask), (__m512d)v);
+  }
+#else
   if constexpr (kIsWord<S>) {
     const Words words = narrow_words<S>(v);
     for (int k = 0; k < kLanes<float>; ++k) {
@@ -239,6 +252,7 @@ FUSED_STEP_INLINE void store_first(S* p, const Vec<Accum<S>>& v,
       if (k < lanes.n) p[k] = v[k];
     }
   }
+#endif
 }
 
 // n elements at p, p + stride, ...; zero beyond them.
