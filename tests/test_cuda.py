@@ -6,11 +6,13 @@ What a step computes there is in the other files, run with `pytest --device cuda
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import signal
 import threading
 import time
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -18,6 +20,7 @@ from device import DEVICE
 from gpu_probe import BUSY_CYCLES, IS_EMULATED, launches_of, waiting_is_an_error
 from oracle import Problem, assert_trains_like_plain, plain_step, same_bits, train_fused
 from torch import nn
+from torch.nn import functional as F
 
 import fused_step
 from fused_step._extension import _C
@@ -38,6 +41,16 @@ def trainer(problem: Problem, **sgd_options) -> tuple[nn.Linear, fused_step.Trai
     model, loss_function, _ = problem.build()
     optimizer = torch.optim.SGD(model.parameters(), **{**problem.options, **sgd_options})
     return model, fused_step.TrainStep(model, loss_function, optimizer)
+
+
+@contextlib.contextmanager
+def plan_for_all(name: str) -> Iterator[None]:
+    """Whatever a plan serves takes it."""
+    _C.use_cuda_plan(name)
+    try:
+        yield
+    finally:
+        _C.use_cuda_plan(None)
 
 
 def parameters(model: nn.Linear) -> list[torch.Tensor]:
@@ -74,13 +87,30 @@ def test_more_outputs_of_16_bit_in_one_pass_train_like_plain(shape, dtype, optio
 
 
 def test_widest_rows_of_16_bit_in_one_pass_train_like_plain():
-    # So few of them would go to the GEMMs.
     problem = Problem.random(150, 4096, 3, dtype=torch.bfloat16, options=MOMENTUM).stable()
-    _C.use_cuda_plan("one-pass")
-    try:
+    with plan_for_all("one-pass"):  # so few of them would go to the GEMMs
         assert_trains_like_plain(problem, plans=("one-pass",))
-    finally:
-        _C.use_cuda_plan(None)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("outputs", [3, 11, 29])
+def test_integers_of_16_bit_have_exact_gradients(outputs, dtype):
+    """Whole numbers have no rounding errors: an element in the wrong place shows as such."""
+    generator = torch.Generator().manual_seed(outputs)
+
+    def integers(*shape: int, most: int) -> torch.Tensor:
+        values = torch.randint(-most, most + 1, shape, generator=generator, device="cpu")
+        return values.to(DEVICE, torch.float64)
+
+    x = integers(203, 264, most=1) * (integers(203, 264, most=4) == 0)
+    weight, target = integers(outputs, 264, most=3), integers(203, outputs, most=9)
+    leaves = [x.clone().requires_grad_(), weight.clone().requires_grad_()]
+    F.mse_loss(F.linear(*leaves), target, reduction="sum").backward()
+    fused = [x.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_()]
+    fused_step.linear_mse_loss(*fused, target.to(dtype), reduction="sum").backward()
+    for ours, exact in zip(fused, leaves, strict=True):
+        assert exact.grad.abs().max() > 9
+        assert torch.equal(ours.grad, exact.grad.to(dtype))
 
 
 def test_rows_of_16_bit_that_begin_anywhere_train_like_plain():
@@ -112,16 +142,13 @@ def test_more_outputs_of_16_bit_than_one_pass_serves_say_why(shape, words):
 @pytest.mark.parametrize("shape", [(500, 33, 2), (1_003, 72, 6)], ids=str)
 def test_plan_that_is_asked_for_trains_like_plain_where_it_serves(shape):
     problem = Problem.random(*shape, dtype=torch.bfloat16, options=MOMENTUM).stable()
-    try:
-        for plan in ("one-pass", "gemm"):
-            _C.use_cuda_plan(plan)
+    for plan in ("one-pass", "gemm"):
+        with plan_for_all(plan):
             assert_trains_like_plain(problem, plans=(plan,))
-        _C.use_cuda_plan("one-pass")
+    with plan_for_all("one-pass"):
         _, step = trainer(Problem.random(*SHAPES["gemm"]))  # which it does not serve
         step(torch.zeros(515, 67), torch.zeros(515, 131))
         assert step.plan == "gemm"
-    finally:
-        _C.use_cuda_plan(None)
     with pytest.raises(ValueError, match="name must be tiny, one-pass or gemm, got best"):
         _C.use_cuda_plan("best")
 
@@ -139,6 +166,15 @@ def test_step_takes_as_few_launches_as_promised(plan, most):
     launched = [name for name in launched if "splitK" not in name]
     assert 1 <= len(launched) <= most, launched
     assert step.plan == plan
+
+
+def test_step_whose_sums_are_large_takes_one_launch_more():
+    problem = Problem.random(2_312, 4_096, 8, dtype=torch.bfloat16)
+    _, step = trainer(problem)
+    with plan_for_all("one-pass"):
+        step(problem.input, problem.target)  # makes its scratch memory
+        launched = launches_of(lambda: step(problem.input, problem.target))
+    assert len(launched) == 2, launched
 
 
 @pytest.mark.parametrize("needs_dx", [False, True])

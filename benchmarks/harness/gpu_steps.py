@@ -126,10 +126,15 @@ def captured(step: Callable[..., torch.Tensor], data: GpuData) -> StepOf:
         for _ in range(3):
             step(*data.batches[0])
     torch.cuda.current_stream().wait_stream(side)
+    # By default torch captures on one stream, and all graphs captured there share a workspace of
+    # cuBLAS that lies in the memory of the first: when that is freed, the others replay into it.
+    stream = torch.cuda.Stream()
+    if torch.version.cuda:
+        torch._C._cuda_clearCublasWorkspaces()
     graphs = []
     for x, target in data.batches:
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, stream=stream):
             loss = step(x, target)
         graphs.append((graph, loss.detach()))
 

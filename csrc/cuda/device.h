@@ -84,6 +84,11 @@ __device__ __forceinline__ void copy_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
+// Brings what lies at an address of global memory into L2, 32 bytes at least.
+__device__ __forceinline__ void prefetch(const void* global) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(global));
+}
+
 // Four matrices of 8 x 8 16-bit elements from shared memory, by all lanes of a warp together. Lane
 // 8 m + r names row r of matrix m: 16 adjacent bytes, aligned to 16. Word m of lane 4 g + t is then
 // elements 2 t and 2 t + 1 of row g of matrix m, or, transposed, of its column g; the first is in
@@ -111,42 +116,25 @@ __device__ __forceinline__ unsigned transposed(unsigned word) {
   return result;
 }
 
-// d[16, 8] += a[16, K] b[K, 8], in float, by all lanes of a warp together; X is BFloat16 or
+// d[16, 8] += a[16, 16] b[16, 8], in float, by all lanes of a warp together; X is BFloat16 or
 // Float16. Lane 4 g + t holds of d: row g, columns 2 t and 2 t + 1, then the same of row g + 8; of
 // a, two elements to a word: row g, columns 2 t and 2 t + 1, row g + 8 likewise, then both of
-// columns further on by 8; of b: column g, rows 2 t and 2 t + 1, then rows further on by 8. At K =
-// 8 there is nothing further on.
-#define FUSED_STEP_MMA_16(type)                                              \
+// columns further on by 8; of b: column g, rows 2 t and 2 t + 1, then rows further on by 8.
+#define FUSED_STEP_MMA(type)                                                 \
   asm("mma.sync.aligned.m16n8k16.row.col.f32." type "." type                 \
       ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};" \
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                       \
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]))
-#define FUSED_STEP_MMA_8(type)                                   \
-  asm("mma.sync.aligned.m16n8k8.row.col.f32." type "." type      \
-      ".f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};" \
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])           \
-      : "r"(a[0]), "r"(a[1]), "r"(b[0]))
 template <typename X>
 __device__ __forceinline__ void multiply_add(float (&d)[4], const unsigned (&a)[4],
                                              const unsigned (&b)[2]) {
   static_assert(sizeof(X) == 2);
   if constexpr (kIsFloat16<X>) {
-    FUSED_STEP_MMA_16("f16");
+    FUSED_STEP_MMA("f16");
   } else {
-    FUSED_STEP_MMA_16("bf16");
+    FUSED_STEP_MMA("bf16");
   }
 }
-template <typename X>
-__device__ __forceinline__ void multiply_add(float (&d)[4], const unsigned (&a)[2],
-                                             const unsigned (&b)[1]) {
-  static_assert(sizeof(X) == 2);
-  if constexpr (kIsFloat16<X>) {
-    FUSED_STEP_MMA_8("f16");
-  } else {
-    FUSED_STEP_MMA_8("bf16");
-  }
-}
-#undef FUSED_STEP_MMA_16
-#undef FUSED_STEP_MMA_8
+#undef FUSED_STEP_MMA
 
 }  // namespace fused_step::cuda

@@ -40,7 +40,7 @@ struct Param {
 // that launches that follow one another share it.
 struct Scratch {
   void* workspace;    // of the bytes that the plan's *_workspace function names, aligned to 16
-  unsigned* tickets;  // [kTickets] (policy.h)
+  unsigned* tickets;  // [kTickets] (policy.h); one-pass takes null, too, for one more launch
 };
 
 // Whole steps in one launch of one block: step k takes the next batch_size rows, or what is left of
@@ -62,7 +62,7 @@ struct TinySteps {
 template <typename X, typename P>
 cudaError_t launch_tiny_steps(const TinySteps<X, P>& args, cudaStream_t stream);
 
-// One whole step in one launch: x is read once.
+// One whole step in one launch, or two where sums_apart() (policy.h): x is read once.
 template <typename X, typename P>
 struct OnePassStep {
   Rows<X, P> batch;
@@ -78,7 +78,7 @@ int64_t one_pass_workspace(const LinearShape& shape);  // bytes
 template <typename X, typename P>
 cudaError_t launch_one_pass_step(const OnePassStep<X, P>& args, cudaStream_t stream);
 
-// Loss and gradients in one launch, x read once. Null: what nobody needs.
+// Loss and gradients likewise. Null: what nobody needs.
 template <typename X, typename P>
 struct OnePassGrad {
   Rows<X, P> batch;

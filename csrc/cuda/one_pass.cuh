@@ -18,39 +18,80 @@ __device__ __forceinline__ Partials<Accum<P>> partials_of(const OnePassArgs<X, P
           O * I};
 }
 
+// What becomes of the sums over all chunks: when there are any, no block reads W any more, and it
+// may be written.
+template <typename X, typename P>
+class OnePassEnding {
+ public:
+  using A = Accum<P>;
+  static constexpr int kV = static_cast<int>(kVectorBytes / sizeof(A));
+
+  __device__ __forceinline__ explicit OnePassEnding(const OnePassArgs<X, P>& a)
+      : a_(a),
+        of_weight_(coefficients_of(a.weight_update)),
+        of_bias_(coefficients_of(a.bias_update)),
+        weight_(a.weight_update),
+        dweight_(a.dweight),
+        n_(static_cast<int>(a.shape.O) * static_cast<int>(a.shape.I)) {}
+
+  // Elements of dW from k on.
+  __device__ __forceinline__ void dweight(int k, const A (&sum)[kV]) const {
+    if (weight_.value != nullptr) {
+      update_elements<P, kV>(weight_, of_weight_, k, n_ - k, sum);
+    } else if (dweight_ != nullptr) {
+#pragma unroll
+      for (int j = 0; j < kV; ++j) {
+        if (k + j < n_) dweight_[k + j] = sum[j];
+      }
+    }
+  }
+
+  // Of r^2, then of dbias.
+  __device__ __forceinline__ void rest(int k, double sum) const {
+    if (k == 0) {
+      if (a_.loss != nullptr) *a_.loss = narrow<P>(static_cast<A>(sum * a_.loss_scale));
+    } else if (a_.bias_update.value != nullptr) {
+      update_element(a_.bias_update, of_bias_, k - 1, static_cast<A>(sum));
+    } else if (a_.dbias != nullptr) {
+      a_.dbias[k - 1] = static_cast<A>(sum);
+    }
+  }
+
+ private:
+  const OnePassArgs<X, P>& a_;
+  SgdCoefficients<A> of_weight_, of_bias_;
+  // Copies: what is written might lie in the arguments, which would be read again each time.
+  Updated<P> weight_;
+  A* dweight_;
+  int n_;
+};
+
 // After the block has written the partial sums of its chunk. A function of its own: inlined into
 // every kernel it would double the time to compile them.
 template <typename X, typename P>
 __device__ __noinline__ void finish_one_pass(const OnePassArgs<X, P>& a) {
-  using A = Accum<P>;
-  const Partials<A> partials = partials_of(a);
-  constexpr int kV = static_cast<int>(kVectorBytes / sizeof(A));
+  using Ending = OnePassEnding<X, P>;
+  if (a.scratch.tickets == nullptr) return;  // one_pass_sum_kernel follows
+  const auto partials = partials_of(a);
   if (!finishes(partials, a.scratch.tickets, a.chunks)) return;
-  // Every block has arrived, so none reads W any more: now it may be written.
-  const SgdCoefficients<A> of_weight = coefficients_of(a.weight_update);
-  const SgdCoefficients<A> of_bias = coefficients_of(a.bias_update);
-  // A copy: what is written might lie in the arguments, which would be read again each time.
-  const Updated<P> weight = a.weight_update;
-  A* const dweight = a.dweight;
-  add_dweights(partials, 0, a.chunks.group, a.chunks.groups, [&](int k, const A(&sum)[kV]) {
-    if (weight.value != nullptr) {
-      update_elements<P, kV>(weight, of_weight, k, partials.n - k, sum);
-    } else if (dweight != nullptr) {
-#pragma unroll
-      for (int j = 0; j < kV; ++j) {
-        if (k + j < partials.n) dweight[k + j] = sum[j];
-      }
-    }
-  });
-  add_sums(partials, 0, a.chunks.group, a.chunks.groups, [&](int k, double sum) {
-    if (k == 0) {
-      if (a.loss != nullptr) *a.loss = narrow<P>(static_cast<A>(sum * a.loss_scale));
-    } else if (a.bias_update.value != nullptr) {
-      update_element(a.bias_update, of_bias, k - 1, static_cast<A>(sum));
-    } else if (a.dbias != nullptr) {
-      a.dbias[k - 1] = static_cast<A>(sum);
-    }
-  });
+  const Ending ending(a);
+  add_dweights(partials, 0, a.chunks.group, a.chunks.groups,
+               [&](int k, const typename Ending::A(&sum)[Ending::kV]) { ending.dweight(k, sum); });
+  add_sums(partials, 0, a.chunks.group, a.chunks.groups,
+           [&](int k, double sum) { ending.rest(k, sum); });
+}
+
+// What finish_one_pass() does, after all blocks: where the sums are more than one of them should
+// read.
+template <typename X, typename P>
+__global__ void __launch_bounds__(kSumThreads)
+    one_pass_sum_kernel(const __grid_constant__ OnePassArgs<X, P> a) {
+  using Ending = OnePassEnding<X, P>;
+  // A thread uses it once: before the sums are there it would only take registers.
+  sum_apart(
+      partials_of(a), a.chunks,
+      [&](int k, const typename Ending::A(&sum)[Ending::kV]) { Ending(a).dweight(k, sum); },
+      [&](int k, double sum) { Ending(a).rest(k, sum); });
 }
 
 template <typename S, typename X, typename P>

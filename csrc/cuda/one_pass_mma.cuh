@@ -188,6 +188,17 @@ __device__ __forceinline__ void read_mma_target(const MmaRows<typename S::X>& fr
   }
 }
 
+// What read_mma_target() is to find in L2.
+template <typename X>
+__device__ __forceinline__ void prefetch_mma_target(const MmaRows<X>& from) {
+  constexpr int kSector = 32 / static_cast<int>(sizeof(X));
+  unsigned thread = threadIdx.x;
+  forget(thread);  // a step's registers are full
+  const int lane = static_cast<int>(thread) % kWarp, row = lane % kMmaRows;
+  const int o = lane / kMmaRows * kSector;
+  if (row < from.rows && o < from.columns) prefetch(from.first + row * from.stride + o);
+}
+
 // y of a stage's rows over a warp's columns: y[tile][e] is that of output 8 tile + g and row 2 t +
 // e, in lane 4 g + t.
 template <typename S>
@@ -250,11 +261,12 @@ __device__ __forceinline__ void add_products(float2* buffer, int warp, int team,
   }
 }
 
-// dy of two adjacent rows as words of X: the value rounded, and what that left out. Together they
-// have 16 bits or more of it, where the plain loop's dy has the 8 or 11 of X.
+// dy of two adjacent rows as words of X: the value rounded, then what that left out. Together they
+// have 16 bits or more of it, where the plain loop's dy has the 8 or 11 of X. As the second factor
+// of a product they stand one below the other, and the first factor is there twice.
 template <typename X>
 struct SplitPair {
-  unsigned high[1], low[1];
+  unsigned words[2];
 
   SplitPair() = default;
   __device__ __forceinline__ explicit SplitPair(const float (&value)[2]) {
@@ -266,8 +278,8 @@ struct SplitPair {
       rounded[e] = narrow<X>(within);
       rest[e] = narrow<X>(value[e] - widen(rounded[e]));
     }
-    high[0] = pack<X, 2>(rounded);
-    low[0] = pack<X, 2>(rest);
+    words[0] = pack<X, 2>(rounded);
+    words[1] = pack<X, 2>(rest);
   }
 
  private:
@@ -288,12 +300,10 @@ __device__ __forceinline__ void add_mma_dweight(const MmaRing<S>& ring, int stag
     ring.template read<true>(stage, k, x);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const unsigned of_x[2] = {x[2 * half], x[2 * half + 1]};
+      const unsigned of_x[4] = {x[2 * half], x[2 * half + 1], x[2 * half], x[2 * half + 1]};
 #pragma unroll
       for (int tile = 0; tile < S::kTiles; ++tile) {
-        float (&sum)[4] = dweight[tile][2 * k + half];
-        multiply_add<typename S::X>(sum, of_x, dy[tile].high);
-        multiply_add<typename S::X>(sum, of_x, dy[tile].low);
+        multiply_add<typename S::X>(dweight[tile][2 * k + half], of_x, dy[tile].words);
       }
     }
   }
@@ -307,11 +317,11 @@ __device__ __forceinline__ void replace_by_dx(const MmaRing<S>& ring, int stage,
                                               float scale, int columns) {
   using X = typename S::X;
   const int lane = static_cast<int>(threadIdx.x) % kWarp, g = lane / 4, t = lane % 4;
-  unsigned high[S::kTiles][1], low[S::kTiles][1];
+  unsigned of_dy[S::kTiles][2];
 #pragma unroll
   for (int tile = 0; tile < S::kTiles; ++tile) {
-    high[tile][0] = transposed(dy[tile].high[0]);
-    low[tile][0] = transposed(dy[tile].low[0]);
+#pragma unroll
+    for (int e = 0; e < 2; ++e) of_dy[tile][e] = transposed(dy[tile].words[e]);
   }
   __syncwarp();  // every lane has read x
 #pragma unroll
@@ -322,10 +332,10 @@ __device__ __forceinline__ void replace_by_dx(const MmaRing<S>& ring, int stage,
       float sum[4] = {};
 #pragma unroll
       for (int tile = 0; tile < S::kTiles; ++tile) {
-        const unsigned of_w[2] = {transposed(mma_weight<S>(w, tile, k, 2 * half)),
-                                  transposed(mma_weight<S>(w, tile, k, 2 * half + 1))};
-        multiply_add<X>(sum, of_w, high[tile]);
-        multiply_add<X>(sum, of_w, low[tile]);
+        const unsigned even = transposed(mma_weight<S>(w, tile, k, 2 * half)),
+                       odd = transposed(mma_weight<S>(w, tile, k, 2 * half + 1));
+        const unsigned of_w[4] = {even, odd, even, odd};
+        multiply_add<X>(sum, of_w, of_dy[tile]);
       }
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
@@ -363,9 +373,8 @@ __device__ __forceinline__ void add_teams(float (&dweight)[S::kTiles][2 * S::kSp
   }
 }
 
-// Contract as one_pass_rows_kernel; `team` warps share a row, a power of two with team *
-// S::kColumns
-// >= I, and rows come through `stages` stages, 1 to 3.
+// Contract as one_pass_rows_kernel; `team` warps share a row, a power of two with
+// team * S::kColumns >= I, and rows come through `stages` stages, 1 to 3.
 template <typename S>
 __global__ void __launch_bounds__(kMmaThreads, 1)
     one_pass_mma_kernel(const __grid_constant__ OnePassArgs<typename S::X, typename S::X> a,
@@ -400,16 +409,22 @@ __global__ void __launch_bounds__(kMmaThreads, 1)
     return {a.batch.x + (blockIdx.x * a.chunks.rows + first) * a.batch.x_stride + first_column,
             a.batch.x_stride, rows - first, columns};
   };
-  for (int k = 0; k < stages; ++k) ring.start(k, rows_at(row + k * step_rows));
+  const auto target_at = [&](int first) -> MmaRows<X> {
+    return {a.batch.target + (blockIdx.x * a.chunks.rows + first) * a.batch.target_stride,
+            a.batch.target_stride, rows - first, O};
+  };
+  const auto start = [&](int stage, int first) {
+    ring.start(stage, rows_at(first));
+    if (is_first) prefetch_mma_target(target_at(first));
+  };
+  for (int k = 0; k < stages; ++k) start(k, row + k * step_rows);
   int stage = 0;
   // Without rows a mean's scale is infinite, and dW is zero all the same.
   const auto last_scale = [&] { return kScalesLast && rows > 0 ? a.dy_scale : 1.0f; };
   // Whole steps of the block: a team without rows has zeros.
   for (int step = 0; step * step_rows < rows; ++step) {
     X target[S::kTiles][2];
-    read_mma_target<S>({a.batch.target + (blockIdx.x * a.chunks.rows + row) * a.batch.target_stride,
-                        a.batch.target_stride, rows - row, O},
-                       target);
+    read_mma_target<S>(target_at(row), target);
     ring.wait(stages - 1);
     float y[S::kTiles][2];
     multiply_rows<S>(ring, stage, w, columns, y);
@@ -446,7 +461,7 @@ __global__ void __launch_bounds__(kMmaThreads, 1)
       ring.write(stage, dx_of(a, row) + first_column, {nullptr, I, rows - row, columns});
     }
     __syncwarp();  // every lane has read: the stage is free
-    ring.start(stage, rows_at(row + stages * step_rows));
+    start(stage, row + stages * step_rows);
     row += step_rows;
     stage = stage + 1 == stages ? 0 : stage + 1;
   }

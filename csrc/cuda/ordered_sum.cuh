@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
 // Sums over blocks in a fixed order, in the launch that makes them: the last block of a group adds
 // the group's partial sums, the last group's adds the groups'. No block waits for another, so any
-// number of them may run at a time.
+// number of them may run at a time. Or, in the same order, by a launch of its own.
 #pragma once
 
 #include <cstdint>
@@ -117,6 +117,56 @@ __device__ __forceinline__ bool finishes(const Partials<A>& p, unsigned* tickets
                [&](int k, const A(&sum)[kV]) { store<A, kV>(p.dweight(first) + k, sum); });
   add_sums(p, first, 1, count, [&](int k, double sum) { p.sums(first)[k] = sum; });
   return arrives_last(tickets + kMaxGroups, chunks.groups);
+}
+
+// Calls use(lane, sums) in the first warp: for each of its lanes kV elements from at(chunk, lane)
+// on, added over the chunks. A warp has a group of chunks at a time. `shared`: [groups, kWarp, kV].
+template <typename A, int kV, typename At, typename Use>
+__device__ __forceinline__ void add_groups(const Chunks& chunks, int lanes, A* shared, const At& at,
+                                           const Use& use) {
+  const int thread = static_cast<int>(threadIdx.x), warp = thread / kWarp, lane = thread % kWarp;
+  const bool has_part = lane < lanes;
+  for (int64_t group = warp; has_part && group < chunks.groups; group += kSumThreads / kWarp) {
+    const int64_t first = group * chunks.group, left = chunks.count - first;
+    A total[kV] = {};
+    add_in_order<8>(
+        left < chunks.group ? left : chunks.group, [&](int64_t c) { return at(first + c, lane); },
+        total);
+    store<A, kV>(shared + (group * kWarp + lane) * kV, total);
+  }
+  __syncthreads();
+  if (warp == 0 && has_part) {
+    A total[kV] = {};
+    for (int64_t group = 0; group < chunks.groups; ++group) {
+#pragma unroll
+      for (int j = 0; j < kV; ++j) total[j] += shared[(group * kWarp + lane) * kV + j];
+    }
+    use(lane, total);
+  }
+  __syncthreads();  // shared may be used again
+}
+
+// finishes() and what follows it as a launch of its own, sum_blocks() of them: calls use_dweight(k,
+// sums) as add_dweights() does, use_sum(k, sum) as add_sums(), each in some block.
+template <typename A, typename UseDweight, typename UseSum>
+__device__ __forceinline__ void sum_apart(const Partials<A>& p, const Chunks& chunks,
+                                          const UseDweight& use_dweight, const UseSum& use_sum) {
+  constexpr int kV = static_cast<int>(kVectorBytes / sizeof(A));
+  __shared__ uint4 shared[kMaxGroups * kWarp];
+  if (blockIdx.x > 0) {
+    const int first = (static_cast<int>(blockIdx.x) - 1) * kWarp * kV;
+    add_groups<A, kV>(
+        chunks, (p.n - first + kV - 1) / kV, reinterpret_cast<A*>(shared),
+        [&](int64_t chunk, int lane) { return p.dweight(chunk) + first + lane * kV; },
+        [&](int lane, const A(&sum)[kV]) { use_dweight(first + lane * kV, sum); });
+    return;
+  }
+  for (int first = 0; first <= p.O; first += kWarp) {
+    add_groups<double, 1>(
+        chunks, 1 + p.O - first, reinterpret_cast<double*>(shared),
+        [&](int64_t chunk, int lane) { return p.sums(chunk) + first + lane; },
+        [&](int lane, const double (&sum)[1]) { use_sum(first + lane, sum[0]); });
+  }
 }
 
 }  // namespace fused_step::cuda

@@ -184,12 +184,13 @@ constexpr Chunks one_pass_chunks(const LinearShape& s) {
 }
 
 // One block is on a multiprocessor at a time. More rounds of an H200's 132 share the work out
-// better on other GPUs, but the sums of a chunk, up to 128 KiB, are to be a 64th of its x. 64 rows
-// are a whole number of a block's steps, whatever its teams.
+// better on other GPUs, but the sums of a chunk, up to 128 KiB, are to be a 64th of its x. Chunks
+// are whole steps of a block: 8 rows for each team.
 constexpr int64_t kMmaRound = 132;
 constexpr Chunks mma_chunks(const LinearShape& s) {
   const int64_t rounds = s.B * 2 / (64 * 4 * at_least(1, s.O) * kMmaRound);
-  return chunks_of(s, kMmaRound * at_least(1, at_most(rounds, 8)), kMmaRows * kMmaWarps);
+  const int teams = kMmaWarps / mma_team(s.I, mma_warp_columns(mma_tiles(s.O), false));
+  return chunks_of(s, kMmaRound * at_least(1, at_most(rounds, 8)), kMmaRows * teams);
 }
 
 // Groups, and one for all of them.
@@ -203,6 +204,20 @@ constexpr int64_t partial_dweight_at(int64_t O) {
 }
 constexpr int64_t partial_bytes(int64_t I, int64_t O, int64_t accum_bytes) {
   return partial_dweight_at(O) + round_up(O * I * accum_bytes, kVectorBytes);
+}
+
+// The last blocks read the partial sums of a group, then of the groups, at some 64 bytes a cycle of
+// one multiprocessor. From these bytes on, 16 thousand cycles, all multiprocessors together are
+// done sooner, with the launch that it takes.
+constexpr int64_t kMaxBytesOfLastBlocks = 1024 * 1024;
+constexpr bool sums_apart(const Chunks& chunks, int64_t partial_bytes) {
+  return (chunks.group + chunks.groups) * partial_bytes > kMaxBytesOfLastBlocks;
+}
+// That launch: a warp has a group of chunks, a block a vector of dW for each lane. One more block
+// has loss and bias.
+constexpr int kSumThreads = 256;
+constexpr int64_t sum_blocks(const LinearShape& s, int64_t accum_bytes) {
+  return 1 + ceil_div(s.O * s.I * accum_bytes, kWarp * kVectorBytes);
 }
 
 // One block does a whole step: W and momentum in shared memory, 16 KiB for the sums of its 4 warps.

@@ -134,7 +134,8 @@ template <typename X>
 void test_chunks(uint64_t seed) {
   for (const int64_t O : {3, 8, 12, 20}) {
     for (const int64_t I : {64, 264, 640}) {
-      const int64_t rows = round_up(min_chunk_rows(I, O), kMmaRows * kMmaWarps);
+      const int teams = kMmaWarps / mma_team(I, mma_warp_columns(mma_tiles(O), false));
+      const int64_t rows = round_up(min_chunk_rows(I, O), kMmaRows * teams);
       for (const int64_t chunks : {1, 2, 3, 7}) {
         for (const int64_t B : {chunks * rows - 1, chunks * rows, chunks * rows + 1}) {
           if (B * I * O <= 1000 * 1000) test_either<X>({B, I, O, ++seed});
@@ -177,6 +178,7 @@ void test_same_bits(const Sizes& s) {
       describe_case<X, X>(schedule, s);
       Run<X> run(s, pick_options(s.seed), pick_options(s.seed + 1));
       emulation::most_shared = shared;
+      run.scratch.gives_tickets = shared != kSharedOfGpus[1];
       check(run.step(data, Reduction::kMean) == cudaSuccess, "refused");
       first.check_same(run, "other bits in another order of blocks, or with other stages");
     }

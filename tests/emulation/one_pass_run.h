@@ -8,16 +8,27 @@
 
 namespace fused_step::test {
 
+// The sums of all chunks in the launch that makes them, or in one of their own.
+struct OnePassScratch : ScratchMemory {
+  template <typename X, typename P>
+  static OnePassScratch of(const Sizes& s) {
+    OnePassScratch scratch(cuda::one_pass_workspace<X, P>({s.B, s.I, s.O}), hash(s.seed, 41));
+    scratch.gives_tickets = hash(s.seed, 46) % 2 == 0;
+    return scratch;
+  }
+  using ScratchMemory::ScratchMemory;
+};
+
 template <typename X, typename P>
 struct StepRun {
   Layer<P> layer;
   Memory<P> loss;
-  ScratchMemory scratch;
+  OnePassScratch scratch;
 
   StepRun(const Sizes& s, const SgdOptions& of_weight, const SgdOptions& of_bias)
       : layer(s, of_weight, of_bias),
         loss(1, 0, hash(s.seed, 40)),
-        scratch(cuda::one_pass_workspace<X, P>({s.B, s.I, s.O}), hash(s.seed, 41)) {}
+        scratch(OnePassScratch::of<X, P>(s)) {}
 
   cudaError_t step(const Data<X, P>& data, Reduction reduction) {
     return cuda::launch_one_pass_step<X, P>({data.rows(),

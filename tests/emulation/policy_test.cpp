@@ -42,7 +42,6 @@ TEST(chunks_of_matrix_units_are_whole_steps_and_keep_to_their_limits) {
               "no room for a stage");
         check(mma_stages(tiles, columns, team, 163 * 1024) >= 2, "one stage where two fit");
         check(mma_stages(tiles, columns, team, 227 * 1024) == 3, "fewer stages than fit");
-        check(kMmaRows * kMmaWarps % (kMmaRows * (kMmaWarps / team)) == 0, "steps of a block");
       }
     }
     for (int64_t I = kMinMmaColumns; I <= mma_columns(O, false); I += 8 + I / 64 * 8) {
@@ -50,7 +49,8 @@ TEST(chunks_of_matrix_units_are_whole_steps_and_keep_to_their_limits) {
         describe("B %lld I %lld O %lld", static_cast<long long>(B), static_cast<long long>(I),
                  static_cast<long long>(O));
         const Chunks c = mma_chunks({B, I, O});
-        check(c.rows % (kMmaRows * kMmaWarps) == 0, "rows");
+        const int team = mma_team(I, mma_warp_columns(tiles, false));
+        check(c.rows % (kMmaRows * (kMmaWarps / team)) == 0, "steps of a block");
         check(c.count >= 1 && c.count <= kMaxChunks && c.groups <= kMaxGroups, "count");
         check(c.count * c.rows >= B && (c.count - 1) * c.rows < B, "rows");
         if (c.count == 1) continue;
@@ -58,6 +58,14 @@ TEST(chunks_of_matrix_units_are_whole_steps_and_keep_to_their_limits) {
       }
     }
   }
+}
+
+TEST(large_sums_of_chunks_have_a_launch_of_their_own) {
+  describe("sums apart");
+  const LinearShape one_output{1 << 20, 1024, 1}, eight{1 << 18, 4096, 8};
+  check(!sums_apart(one_pass_chunks(one_output), partial_bytes(1024, 1, 4)), "4 KiB a chunk");
+  check(sums_apart(mma_chunks(eight), partial_bytes(4096, 8, 4)), "128 KiB a chunk");
+  check(!sums_apart(mma_chunks({16, 4096, 8}), partial_bytes(4096, 8, 4)), "one chunk");
 }
 
 TEST(residual_grid_covers_every_row_and_column) {

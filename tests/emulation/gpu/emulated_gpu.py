@@ -82,8 +82,10 @@ class Graph:
 
 
 @contextlib.contextmanager
-def _captured(graph: Graph, pool: None = None) -> Iterator[None]:
-    with _capture_stream():
+def _captured(
+    graph: Graph, pool: None = None, stream: torch.Stream | None = None
+) -> Iterator[None]:
+    with stream or _capture_stream():
         graph.capture_begin()
         try:
             yield
@@ -93,7 +95,7 @@ def _captured(graph: Graph, pool: None = None) -> Iterator[None]:
 
 @functools.cache
 def _capture_stream() -> torch.Stream:
-    return torch.Stream("cuda")  # one for all captures, as torch has it
+    return torch.Stream("cuda")  # one for all captures that name none, as torch has it
 
 
 class Event:

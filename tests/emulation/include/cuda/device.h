@@ -4,6 +4,7 @@
 // depending on the schedule.
 #pragma once
 
+#include <cmath>
 #include <cstring>
 #include <tuple>
 
@@ -59,6 +60,9 @@ void copy_async_wait() {
   ::emulation::copy_async_wait(kPending);
 }
 
+// Reads, so that an address that is nobody's is noticed.
+inline void prefetch(const void* global) { (void)*static_cast<const volatile char*>(global); }
+
 template <bool kTransposed>
 void load_matrices(unsigned (&to)[4], const void* row, EMULATION_SITE) {
   ::emulation::check_aligned(row, 16, "ldmatrix");
@@ -100,50 +104,69 @@ inline unsigned transposed(unsigned word, EMULATION_SITE) {
 }
 
 // What a lane gives to a product: a and b, and d as it was.
-template <int kK>
 struct Factors {
-  unsigned a[kK / 4], b[kK / 8];
+  unsigned a[4], b[2];
   float d[4];
 };
 
-template <typename X, int kK>
+// sum + the products, as the units add them: cut off, each addend one bit below the last of the
+// largest one's, their sum at its own last bit (Fasi, Higham, Mikaitis, Pranesh: Numerical behavior
+// of NVIDIA tensor cores, 2021, section 4).
+inline float add_products_cut_off(float sum, const float (&products)[8]) {
+  float largest = std::fabs(sum), plain = sum;
+  for (const float p : products) {
+    largest = std::fmax(largest, std::fabs(p));
+    plain += p;
+  }
+  if (!std::isfinite(plain) || largest == 0.0f) return plain;
+  const double unit = std::ldexp(1.0, std::ilogb(largest) - 24);
+  double total = std::trunc(sum / unit);
+  for (const float p : products) total += std::trunc(p / unit);
+  const auto nearest = static_cast<float>(total * unit);
+  return std::fabs(static_cast<double>(nearest)) > std::fabs(total * unit)
+             ? std::nextafterf(nearest, 0.0f)
+             : nearest;
+}
+
+template <typename X>
 void multiply_add_of_warp(const ::emulation::Given& given, ::emulation::Taken& taken) {
   const auto half = [](unsigned word, int k) {
     return widen(X{static_cast<uint16_t>(word >> 16 * k)});
   };
-  float a[16][kK], b[kK][8];
+  float a[16][16], b[16][8];
   for (int lane = 0; lane < 32; ++lane) {
     const int g = lane / 4, t = lane % 4;
-    const auto from = given.as<Factors<kK>>(lane);
+    const auto from = given.as<Factors>(lane);
     for (int k = 0; k < 2; ++k) {
-      for (int w = 0; w < kK / 4; ++w) {
+      for (int w = 0; w < 4; ++w) {
         a[g + 8 * (w % 2)][2 * t + k + 8 * (w / 2)] = half(from.a[w], k);
       }
-      for (int w = 0; w < kK / 8; ++w) b[2 * t + k + 8 * w][g] = half(from.b[w], k);
+      for (int w = 0; w < 2; ++w) b[2 * t + k + 8 * w][g] = half(from.b[w], k);
     }
   }
   for (int lane = 0; lane < 32; ++lane) {
-    const auto from = given.as<Factors<kK>>(lane);
+    const auto from = given.as<Factors>(lane);
     float d[4];
     for (int k = 0; k < 4; ++k) {
       const int row = lane / 4 + 8 * (k / 2), column = 2 * (lane % 4) + k % 2;
-      // Products are exact in float; in which order they are added, nobody says.
-      float sum = 0.0f;
-      for (int i = 0; i < kK; ++i) sum += a[row][i] * b[i][column];
-      d[k] = from.d[k] + sum;
+      d[k] = from.d[k];
+      for (int i = 0; i < 16; i += 8) {
+        float products[8];  // exact
+        for (int j = 0; j < 8; ++j) products[j] = a[row][i + j] * b[i + j][column];
+        d[k] = add_products_cut_off(d[k], products);
+      }
     }
     std::memcpy(taken.lanes[lane], d, sizeof(d));
   }
 }
 
-template <typename X, int kA, int kB>
-void multiply_add(float (&d)[4], const unsigned (&a)[kA], const unsigned (&b)[kB], EMULATION_SITE) {
-  static_assert(kA == 2 * kB);
-  Factors<8 * kB> given;
+template <typename X>
+void multiply_add(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2], EMULATION_SITE) {
+  Factors given;
   std::memcpy(given.a, a, sizeof(a));
   std::memcpy(given.b, b, sizeof(b));
   std::memcpy(given.d, d, sizeof(d));
-  ::emulation::together(given, d, multiply_add_of_warp<X, 8 * kB>, {file, line});
+  ::emulation::together(given, d, multiply_add_of_warp<X>, {file, line});
 }
 
 }  // namespace fused_step::cuda
