@@ -13,7 +13,7 @@ struct OnePassScratch : ScratchMemory {
   template <typename X, typename P>
   static OnePassScratch of(const Sizes& s) {
     OnePassScratch scratch(cuda::one_pass_workspace<X, P>({s.B, s.I, s.O}), hash(s.seed, 41));
-    scratch.gives_tickets = hash(s.seed, 46) % 2 == 0;
+    scratch.gives_tickets = hash(s.seed, 47) % 2 == 0;
     return scratch;
   }
   using ScratchMemory::ScratchMemory;

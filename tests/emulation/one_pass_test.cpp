@@ -283,7 +283,7 @@ TEST(one_pass_refuses_what_it_has_no_kernel_for) {
 }
 
 // Few and small, for ThreadSanitizer: three blocks with each mechanism. Seeds 4 and 5 take vectors,
-// 7 and 9 do not; 7 adds the blocks' sums in a launch of its own.
+// 7 and 9 do not; 9 adds the blocks' sums in a launch of its own.
 TEST(races_one_pass) {
   test_step<float, float>({400, 64, 1, 4}, {.lr = 0.1, .momentum = 0.9}, {.lr = 0.1});
   test_step<float, float>({400, 64, 1, 5}, {.lr = 0.1}, {.lr = 0.1});
