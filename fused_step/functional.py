@@ -41,7 +41,8 @@ def linear_mse_loss(
     builds with CUDA, on GPUs; these types also under autocast. Of 16-bit types the sums are made in
     float32, and each result is rounded once. Everything else (other types and devices, tensor
     subclasses, ``vmap``, forward-mode derivatives, autocast where its own GEMMs are faster) is
-    computed as the composition above, with its result.
+    computed as the composition above, with its result. ``vmap`` within a function that is compiled
+    goes through the samples one by one.
 
     Args:
         input: [..., I], leading dimensions are rows.

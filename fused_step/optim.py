@@ -50,8 +50,9 @@ class SGD(torch.optim.SGD):
     so is everything under ``torch.compile``, ``torch.func`` and dispatch modes.
 
     The ``state_dict()`` is torch.optim.SGD's and loads in either. Hooks, schedulers, closures,
-    profiler ranges and ``torch.amp.GradScaler`` work as they do there; a step that the scaler skips
-    changes nothing, but that on CUDA the buffers of a first step are there then, and zero.
+    profiler ranges and ``torch.amp.GradScaler`` work as they do there, hooks under a scaler, too; a
+    step that the scaler skips changes nothing, but that on CUDA the buffers of a first step are
+    there then, and zero.
 
     Args:
         params: parameters or named parameters, or dicts that define groups.
@@ -85,8 +86,24 @@ class SGD(torch.optim.SGD):
         ([0.0, 0.0], None)
     """
 
-    # GradScaler then calls step() itself, with grad_scale and found_inf on the optimizer.
-    _step_supports_amp_scaling = True
+    _takes_grad_scale = True
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Whether a GradScaler leaves it to ``step()`` to unscale and to skip.
+
+        Hooks and the step of a subclass look at ``p.grad``, and count steps: for them the scaler
+        unscales the gradients before the call, and makes none to skip, as for torch.optim.SGD.
+        """
+        return (
+            self._takes_grad_scale
+            and type(self).step is SGD.step
+            and not _stock.has_step_hooks(self)
+        )
+
+    @_step_supports_amp_scaling.setter
+    def _step_supports_amp_scaling(self, value: bool) -> None:
+        self._takes_grad_scale = value
 
     def __init__(
         self,

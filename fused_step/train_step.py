@@ -140,6 +140,11 @@ class TrainStep:
             if has_update and not _C.sgd_options_are_fused(self._optimizer):
                 has_update = self._is_ours()  # which leaves some parameters to torch
                 reasons.append("an option is not fused: torch updates the parameters of its group")
+            elif has_update and not self._is_ours() and _C.operators_are_watched():
+                has_update = False
+                reasons_of_head.append(
+                    "a mode, a transform or a profiler looks at PyTorch's operators"
+                )
             elif not has_update and _IS_COMPILED:  # else that is the reason
                 reasons_of_head.append(
                     "optimizer.step() and zero_grad() are called as they are: the optimizer is not "
@@ -231,6 +236,11 @@ class TrainStep:
             and has_stock_zero_grad(optimizer)
         )
 
+    def _loss_dtype(self) -> torch.dtype:
+        """The model's, which its losses most likely would have."""
+        of_model = (p.dtype for p in self._model.parameters() if p.is_floating_point())
+        return next(of_model, torch.get_default_dtype())
+
     def run(
         self,
         inputs: Tensor,
@@ -320,7 +330,7 @@ class TrainStep:
             if bar is not None:
                 bar.close()
         if not losses:
-            return torch.empty(0, dtype=torch.get_default_dtype(), device=inputs.device)
+            return torch.empty(0, dtype=self._loss_dtype(), device=inputs.device)
         return torch.stack(losses)
 
 

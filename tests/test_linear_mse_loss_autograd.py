@@ -11,6 +11,7 @@ from torch import Tensor
 from torch._dynamo import compiled_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 SHAPES = [(7, 5, 1), (7, 5, 3), (7, 5, 35)]
 each_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -397,6 +398,24 @@ def test_compiled_autograd_gives_the_gradient_of_one_tensor_only():
         with compiled_autograd._enable(lambda graph: graph):
             (found,) = torch.autograd.grad(loss, tensors[position], problem.grad_output)
         assert torch.equal(found, expected[name])
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_checkpointed_loss_has_the_gradients_of_any_other(reduction, create_graph):
+    """torch.utils.checkpoint lets a saved tensor be unpacked once in a backward pass."""
+    problem = LossProblem.random(7, 5, 3, needs=frozenset(NAMES))
+
+    def gradients(loss_of):
+        tensors = leaves(problem)
+        loss = loss_of(*tensors, reduction).sum()
+        return torch.autograd.grad(loss, tensors, create_graph=create_graph)
+
+    def checkpointed(*args):
+        return checkpoint(fused_loss, *args, use_reentrant=False)
+
+    for ours, expected in zip(gradients(checkpointed), gradients(fused_loss), strict=True):
+        assert torch.equal(ours, expected)
 
 
 def test_loss_of_a_compiled_model_equals_eager_by_the_default_backend():

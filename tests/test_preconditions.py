@@ -227,6 +227,20 @@ def instance_forward_inside_sequential(world):
         yield
 
 
+@scenario("_call_impl")
+def instance_call_impl(world):
+    call = world.model._call_impl
+    with attribute(world.model, "_call_impl", lambda input: 2 * call(input)):
+        yield
+
+
+@scenario("_call_impl", sequential=True)
+def instance_call_impl_of_sequential(world):
+    call = world.model._call_impl
+    with attribute(world.model, "_call_impl", lambda input: 2 * call(input)):
+        yield
+
+
 @scenario("class", name="forward patched in class Linear")
 def class_forward(world):
     forward = nn.Linear.forward
@@ -659,12 +673,44 @@ def no_groups(world):
     world.model.zero_grad()
 
 
-@scenario(name="group without one of its options")
-def missing_option(world):
-    del world.optimizer.param_groups[0]["nesterov"]
+def without(world: World, option: str) -> Iterator[None]:
+    group = world.optimizer.param_groups[0]
+    value = group.pop(option)
     yield
-    world.optimizer.param_groups[0]["nesterov"] = False
+    group[option] = value
     world.model.zero_grad()
+
+
+@scenario("lacks one")
+def group_without_nesterov(world):
+    yield from without(world, "nesterov")
+
+
+@scenario("lacks one")
+def group_without_foreach(world):
+    """The step asks for it, whatever it is."""
+    yield from without(world, "foreach")
+
+
+@scenario("lacks one")
+def group_without_fused(world):
+    yield from without(world, "fused")
+
+
+class GroupOfTwiceTheRate(dict):
+    """Its learning rate is not what lies in the dictionary."""
+
+    def __getitem__(self, key):
+        return 2 * super().__getitem__(key) if key == "lr" else super().__getitem__(key)
+
+
+@scenario(name="group of a class of its own")
+def group_of_a_class_of_its_own(world):
+    groups = world.optimizer.param_groups
+    plain = groups[0]
+    groups[0] = GroupOfTwiceTheRate(plain)
+    yield
+    groups[0] = plain
 
 
 def differentiable(world: World, *places: dict[str, Any]) -> Iterator[None]:
@@ -1359,6 +1405,13 @@ def loss_subclass(world):
 def instance_forward_of_loss(world):
     forward = world.loss_function.forward
     with attribute(world.loss_function, "forward", lambda *batch: 2 * forward(*batch)):
+        yield
+
+
+@scenario("_call_impl")
+def instance_call_impl_of_loss(world):
+    call = world.loss_function._call_impl
+    with attribute(world.loss_function, "_call_impl", lambda *batch: 2 * call(*batch)):
         yield
 
 

@@ -304,6 +304,27 @@ def test_tensor_subclasses():
     assert torch.equal(weight.as_subclass(Tensor), torch.full((5,), 0.5))
 
 
+class Tenfold(Tensor):
+    """What is added by its factor is added ten times."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        if "alpha" in kwargs:
+            kwargs["alpha"] *= 10
+        return super().__torch_function__(func, types, args, kwargs)
+
+
+@pytest.mark.parametrize("make", [fused_step.SGD, torch_sgd], ids=["ours", "torch's"])
+def test_a_gradient_of_a_subclass_is_added_as_the_subclass_says(make):
+    weight = Parameter(torch.ones(5))
+    optimizer = make([weight], lr=0.5)
+    for grad in (torch.ones(5), torch.ones(5).as_subclass(Tenfold), torch.ones(5)):
+        weight.grad = grad
+        optimizer.step()
+    assert torch.equal(weight, torch.full((5,), -5.0))
+
+
 def test_modes_see_torchs_operators():
     from torch.utils._python_dispatch import TorchDispatchMode
 

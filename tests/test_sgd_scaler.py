@@ -51,6 +51,68 @@ def test_scaled_16_bit_gradients_are_unscaled_in_float32(dtype):
     assert torch.equal(weight, torch.full((33,), -1.5 * 2.0**-5, dtype=dtype))
 
 
+class ClippingOf:
+    """A step that clips before it updates."""
+
+    def step(self, closure=None):
+        torch.nn.utils.clip_grad_norm_(self.param_groups[0]["params"], 0.5)
+        return super().step(closure)
+
+
+class ClippingSGD(ClippingOf, fused_step.SGD):
+    pass
+
+
+class ClippingTorchSGD(ClippingOf, torch.optim.SGD):
+    pass
+
+
+def clip_before(optimizer):
+    params = optimizer.param_groups[0]["params"]
+    optimizer.register_step_pre_hook(
+        lambda *_: torch.nn.utils.clip_grad_norm_(params, 0.5) and None
+    )
+    return optimizer
+
+
+@pytest.mark.parametrize("by", ["hook", "step"])
+def test_what_looks_at_gradients_before_a_scaled_step_finds_them_unscaled(by):
+    def trained(make):
+        params = [copy_of(p) for p in random_params(3, 17)]
+        optimizer = make(params, lr=0.1, momentum=0.9)
+        if by == "hook":
+            clip_before(optimizer)
+        scaler = make_scaler(1024.0)
+        for k in range(3):
+            for p in params:
+                p.grad = torch.full_like(p, 1024.0 * (k + 1))
+            scaler.step(optimizer)
+            scaler.update()
+        return params
+
+    ours = fused_step.SGD if by == "hook" else ClippingSGD
+    torchs = torch.optim.SGD if by == "hook" else ClippingTorchSGD
+    for p, q in zip(trained(ours), trained(torchs), strict=True):
+        assert torch.equal(p, q)
+
+
+def test_hooks_are_not_called_for_a_step_that_the_scaler_skips():
+    weight = Parameter(torch.ones(3))
+    optimizer = fused_step.SGD([weight], lr=0.5)
+    calls = []
+    handle = optimizer.register_step_post_hook(lambda *_: calls.append("post"))
+    scaler = make_scaler(2.0)
+    for grad in (float("inf"), 2.0):
+        weight.grad = torch.full((3,), grad)
+        scaler.step(optimizer)
+        scaler.update()
+    assert calls == ["post"]
+    handle.remove()
+    assert optimizer._step_supports_amp_scaling  # fused again
+    optimizer._step_supports_amp_scaling = False
+    assert not optimizer._step_supports_amp_scaling
+
+
 @pytest.mark.parametrize("bad", (float("inf"), float("nan")))
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_skipped_step_changes_nothing(dtype, bad):

@@ -78,6 +78,24 @@ def test_other_models_take_the_plan_optimizer(make, options):
     assert_same(ours, optimizer, theirs, torch_optimizer)
 
 
+@pytest.mark.parametrize("make", [fused_step.SGD, torch.optim.SGD], ids=["ours", "torch's"])
+@pytest.mark.parametrize(
+    "context",
+    [lambda: torch.device(DEVICE), torch.profiler.profile],
+    ids=["mode", "profiler"],
+)
+def test_explain_says_who_looks_at_the_operators(context, make):
+    net = make_net()
+    step = fused_step.TrainStep(net, nn.MSELoss(), make(net.parameters()))
+    x, t = torch.randn(16, 4), torch.randn(16, 3)
+    with context():
+        said = step.explain(x, t)
+        step(x, t)
+    assert said.startswith(f"plan: {step.plan}\n")
+    looks = "a mode, a transform or a profiler looks at PyTorch's operators"
+    assert (looks in said) == (step.plan == "plain") == (make is torch.optim.SGD)
+
+
 def test_another_optimizer_is_plain_and_explain_says_so():
     net = make_net()
     step = fused_step.TrainStep(net, nn.MSELoss(), torch.optim.Adam(net.parameters()))

@@ -557,6 +557,9 @@ def test_explain_gives_the_reasons_of_each_plan():
     assert said(nn.Sequential(layers, nn.ReLU())).startswith("plan: optimizer\n")
     assert "does not end in nn.Linear itself but in ReLU" in said(nn.Sequential(layers, nn.ReLU()))
     assert "in Residual" in said(Residual())
+    of_rows = said(layers, target=t[:, 0])
+    assert of_rows.startswith("plan: optimizer\n")
+    assert "target is not [*, O]" in of_rows
     with_adam = said(layers, make=OPTIMIZERS["AdamW"])
     assert with_adam.startswith("plan: head\n")
     assert "optimizer.step() and zero_grad() are called as they are" in with_adam

@@ -98,6 +98,12 @@ bool HeadStep::check(PyObject* hidden, PyObject* target, Verdict& v) const {
     return false;
   }
   if (!v.applies()) return false;
+  // Before the model has run, what is known of its output.
+  if (v.against(hidden == nullptr &&
+                    (tensor_of(target).dim() == 0 || tensor_of(target).size(-1) != weight.size(0)),
+                "target is not [*, O], as the model's output is")) {
+    return false;
+  }
   return !v.against(
       hidden != nullptr && !has_output_shape(tensor_of(hidden), tensor_of(target), weight),
       "the last layer's input and target are not [*, I] and [*, O] with the same leading "

@@ -23,6 +23,8 @@ bool check_module(PyObject* module, PyObject* dict, const ModuleClass& module_cl
     return false;
   if (v.against(get_item(dict, n.forward) != nullptr, name, " has a forward of its own"))
     return false;
+  if (v.against(get_item(dict, n.call_impl) != nullptr, name, " has a _call_impl of its own"))
+    return false;
   PyObject* const compiled = get_item(dict, n.compiled_call_impl);
   if (v.against(compiled != nullptr && compiled != Py_None, name, " is compiled")) return false;
   bool has_hooks = false;
@@ -57,8 +59,9 @@ bool read_layer(PyObject* linear, Verdict& v, Watch& watch, LinearModel& reading
   if (!check_module(linear, dict.ptr(), o.linear, "the linear layer", v, watch)) return false;
   PyObject* const parameters = get_item(dict.ptr(), n.parameters);
   watch.dict(parameters);
-  PyObject* const weight =
-      parameters != nullptr && PyDict_Check(parameters) ? get_item(parameters, n.weight) : nullptr;
+  PyObject* const weight = parameters != nullptr && PyDict_CheckExact(parameters)
+                               ? get_item(parameters, n.weight)
+                               : nullptr;
   PyObject* const bias = weight != nullptr ? get_item(parameters, n.bias) : nullptr;
   // An attribute of the same name in __dict__ hides the parameter (pruning, FSDP).
   const bool hidden =

@@ -66,8 +66,10 @@ SavedVariable saved(const at::Tensor& t, bool plain_saves) {
 struct Gradients {
   at::Tensor dy;  // [*, O]
 
-  at::Tensor of_input(const at::Tensor& input, const at::Tensor& weight) const {
-    return at::mm(as_matrix(dy), widened(weight)).reshape_symint(input.sym_sizes());
+  at::Tensor of_input(const at::Tensor& weight) const {
+    c10::SymDimVector sizes(dy.sym_sizes());
+    sizes.back() = weight.sym_size(1);
+    return at::mm(as_matrix(dy), widened(weight)).reshape_symint(sizes);
   }
   at::Tensor of_weight(const at::Tensor& input) const {
     return at::mm(as_matrix(dy).t(), as_matrix(widened(input)));
@@ -142,7 +144,8 @@ class LinearMseBackward : public torch::autograd::Node {
     if (at::GradMode::is_enabled()) {
       differentiable(grad, wanted);
     } else if (none_) {
-      fill({at::mul(dy_.unpack(), widened(grad))}, wanted);
+      const at::Tensor input = unpacked_if(kWeight, kInput), weight = unpacked_if(kInput, kWeight);
+      fill({at::mul(dy_.unpack(), widened(grad))}, input, weight, wanted);
     } else {
       from_stash(grad, wanted);
     }
@@ -182,25 +185,28 @@ class LinearMseBackward : public torch::autograd::Node {
     if (task_should_compute_output(kTarget)) wanted[kTarget] = at::neg(scaled(dy_));
   }
 
+  // Each operand is unpacked once in a pass: more is an error under torch.utils.checkpoint.
+  at::Tensor unpacked_if(Operand wanted, Operand operand) const {
+    return task_should_compute_output(wanted) ? operands_[operand].unpack() : at::Tensor();
+  }
+
   void differentiable(const at::Tensor& grad, variable_list& wanted) const {
-    const at::Tensor target = operands_[kTarget].unpack();
+    const at::Tensor target = operands_[kTarget].unpack(), input = operands_[kInput].unpack(),
+                     weight = operands_[kWeight].unpack();
     const std::optional<at::Tensor> bias =
         has_bias_ ? std::optional<at::Tensor>(widened(operands_[kBias].unpack())) : std::nullopt;
-    const at::Tensor y =
-        at::linear(widened(operands_[kInput].unpack()), widened(operands_[kWeight].unpack()), bias);
+    const at::Tensor y = at::linear(widened(input), widened(weight), bias);
     const at::Tensor residual = at::sub(y, target);
     const c10::SymFloat dy_scale = mean_ ? 2.0 / numel_ : c10::SymFloat(2.0);
     fill({empty_ ? residual : at::mul(residual, at::mul(widened(grad), at::Scalar(dy_scale)))},
-         wanted);
+         input, weight, wanted);
   }
 
-  void fill(const Gradients& gradients, variable_list& wanted) const {
-    if (task_should_compute_output(kInput)) {
-      wanted[kInput] = gradients.of_input(operands_[kInput].unpack(), operands_[kWeight].unpack());
-    }
-    if (task_should_compute_output(kWeight)) {
-      wanted[kWeight] = gradients.of_weight(operands_[kInput].unpack());
-    }
+  // Needs the weight for dinput, the input for dweight.
+  void fill(const Gradients& gradients, const at::Tensor& input, const at::Tensor& weight,
+            variable_list& wanted) const {
+    if (task_should_compute_output(kInput)) wanted[kInput] = gradients.of_input(weight);
+    if (task_should_compute_output(kWeight)) wanted[kWeight] = gradients.of_weight(input);
     if (task_should_compute_output(kBias)) wanted[kBias] = gradients.of_bias();
     if (task_should_compute_output(kTarget)) wanted[kTarget] = gradients.of_target();
   }

@@ -17,6 +17,7 @@
 #include "bindings/linear_mse_bfloat16.h"
 #include "bindings/linear_mse_eager.h"
 #include "bindings/linear_step.h"
+#include "bindings/python_bridge.h"
 #include "bindings/python_objects.h"
 #include "bindings/sgd_groups.h"
 #include "bindings/sgd_step.h"
@@ -126,6 +127,11 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       "sgd_options_are_fused",
       [](py::handle optimizer) { return fused_step::sgd_options_are_fused(optimizer.ptr()); },
       py::arg("optimizer"), "Whether the options of all of an SGD's groups are for the kernels.");
+
+  m.def(
+      "operators_are_watched",
+      [] { return !fused_step::operators_are_plain() || fused_step::is_observed(); },
+      "Whether a mode, a transform or a profiler looks at PyTorch's operators.");
 
   py::class_<LinearStep>(m, "LinearStep", py::module_local(),
                          "Fused plans of TrainStep for a linear model; see train_step.py.")

@@ -52,6 +52,8 @@ Names make_names() {
           interned("nesterov"),
           interned("maximize"),
           interned("differentiable"),
+          interned("foreach"),
+          interned("fused"),
           interned("linear"),
           interned("mse_loss"),
           interned("momentum_dtype"),

@@ -17,7 +17,7 @@ struct Names {
   PyObject *step_pre_hooks, *step_post_hooks;
   PyObject *grad_scale, *found_inf, *opt_called, *momentum_buffer, *defaults;
   PyObject *params, *lr, *momentum, *dampening, *weight_decay, *nesterov, *maximize;
-  PyObject *differentiable, *linear, *mse_loss;
+  PyObject *differentiable, *foreach, *fused, *linear, *mse_loss;
   PyObject *momentum_dtype, *max_grad_norm, *grad_norm;
 };
 

@@ -92,7 +92,9 @@ bool read_sgd_options(PyObject* group, SgdOptions& options, PyObject*& device_lr
          read_number(get_item(group, n.weight_decay), options.weight_decay) &&
          read_flag(get_item(group, n.nesterov), options.nesterov) &&
          read_flag(get_item(group, n.maximize), options.maximize) &&
-         read_flag(is_differentiable, differentiable) && !differentiable;
+         read_flag(is_differentiable, differentiable) && !differentiable &&
+         // torch's step asks for them.
+         get_item(group, n.foreach) != nullptr && get_item(group, n.fused) != nullptr;
 }
 
 bool sgd_options_are_fused(PyObject* optimizer) {
@@ -177,7 +179,7 @@ bool SgdReader::read(PyObject* optimizer, Verdict& v, Watch& watch, SgdReading& 
   for (Py_ssize_t g = 0; g < PyList_GET_SIZE(groups); ++g) {
     PyObject* const group = PyList_GET_ITEM(groups, g);
     watch.dict(group);
-    PyObject* const params = PyDict_Check(group) ? get_item(group, n.params) : nullptr;
+    PyObject* const params = PyDict_CheckExact(group) ? get_item(group, n.params) : nullptr;
     SgdOptions options;
     PyObject* device_lr = nullptr;
     if (params == nullptr || !PyList_Check(params) ||
@@ -185,7 +187,7 @@ bool SgdReader::read(PyObject* optimizer, Verdict& v, Watch& watch, SgdReading& 
       return v.reject(
           "a param group has an option that is not fused (lr, momentum, dampening and "
           "weight_decay as numbers of at most 60000, lr also as a tensor of one element "
-          "without grad, differentiable=False)");
+          "without grad, differentiable=False), or lacks one");
     }
     PyObject* const momentum_dtype = is_fused ? get_item(group, n.momentum_dtype) : nullptr;
     if (v.against(momentum_dtype != nullptr && momentum_dtype != Py_None && options.momentum != 0.0,

@@ -52,7 +52,7 @@ bool read_scaler_value(PyObject* object, double& value, at::Tensor& on_device) {
 
 bool SgdStep::read_group(PyObject* dict, Group& group, cpu::SgdRule& rule, bool& is_repeat) {
   const Names& n = python_objects().names;
-  if (!PyDict_Check(dict)) return false;
+  if (!PyDict_CheckExact(dict)) return false;
   const uint64_t version = dict_version(dict);
   if (dict == group.dict && version == group.version && version != 0) return true;
   const bool had_momentum = rule.options.momentum != 0.0;

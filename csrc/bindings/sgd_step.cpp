@@ -149,6 +149,13 @@ Extent extent_of_left(const at::Tensor& t) {
   return is_told ? extent_of(t) : Extent{0, 0};
 }
 
+// Whether it is of no class with operators of its own. A gradient has a Python object only where
+// Python has seen it.
+bool is_exact(const c10::TensorImpl& t) {
+  PyObject* const object = t.pyobj_slot()->load_pyobj();
+  return object == nullptr || is_exact_tensor(object);
+}
+
 }  // namespace
 
 SgdStep::LookedAt::LookedAt(const at::Tensor& param, const at::Tensor& grad)
@@ -199,7 +206,8 @@ bool SgdStep::add_work(Slot& slot, const at::Tensor& param, const at::Tensor& gr
   void *param_data = nullptr, *grad_data = nullptr, *buf_data = nullptr;
   // A tensor that copies on write is copied when its memory is asked for to be written.
   if (!groups_[g].has_options || grad.scalar_type() != param.scalar_type() ||
-      !same_order(param, grad) || !dense_memory(grad, device, writes_grads, grad_data)) {
+      !is_exact(*grad.unsafeGetTensorImpl()) || !same_order(param, grad) ||
+      !dense_memory(grad, device, writes_grads, grad_data)) {
     return false;
   }
   const bool on_cpu = device.is_cpu();
@@ -260,7 +268,7 @@ __attribute__((flatten)) bool SgdStep::is_as_before(Slot& slot, bool writes_grad
   }
   const c10::DispatchKeySet keys = work.keys;
   void* const grad_data = contiguous_data(g, keys, work.dtype, slice.n, bytes_each, writes_grads);
-  if (grad_data == nullptr || !same_sizes(p, g) ||
+  if (grad_data == nullptr || !is_exact(g) || !same_sizes(p, g) ||
       contiguous_data(p, keys, work.dtype, slice.n, bytes_each, true) != slice.param) {
     return false;
   }
