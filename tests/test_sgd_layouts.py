@@ -304,6 +304,19 @@ def test_tensor_subclasses():
     assert torch.equal(weight.as_subclass(Tensor), torch.full((5,), 0.5))
 
 
+def test_a_learning_rate_that_is_part_of_a_parameter_is_read_for_each_parameter():
+    trained = []
+    for make in (fused_step.SGD, torch_sgd):
+        params = [Parameter(torch.tensor([0.5])), Parameter(torch.tensor([1.0]))]
+        optimizer = make(params, lr=params[0].detach()[0])
+        for p in params:
+            p.grad = torch.ones(1)
+        optimizer.step()
+        trained.append(params)
+    for p, q in zip(*trained, strict=True):
+        assert torch.equal(p, q)
+
+
 class Tenfold(Tensor):
     """What is added by its factor is added ten times."""
 

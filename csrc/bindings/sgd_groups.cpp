@@ -49,8 +49,9 @@ bool read_lr(PyObject* value, double& lr, PyObject*& device_lr, bool& may_be_kep
     device_lr = value;
     return true;
   }
+  // Of memory that others have, too, a step may change it: torch reads it for each parameter.
   if (t.numel() != 1 || t.requires_grad() || !t.device().is_cpu() || t.layout() != at::kStrided ||
-      !at::isFloatingType(t.scalar_type())) {
+      !at::isFloatingType(t.scalar_type()) || t.storage().use_count() != 1) {
     return false;
   }
   lr = t.item().toDouble();
@@ -187,7 +188,7 @@ bool SgdReader::read(PyObject* optimizer, Verdict& v, Watch& watch, SgdReading& 
       return v.reject(
           "a param group has an option that is not fused (lr, momentum, dampening and "
           "weight_decay as numbers of at most 60000, lr also as a tensor of one element "
-          "without grad, differentiable=False), or lacks one");
+          "without grad and of its own memory, differentiable=False), or lacks one");
     }
     PyObject* const momentum_dtype = is_fused ? get_item(group, n.momentum_dtype) : nullptr;
     if (v.against(momentum_dtype != nullptr && momentum_dtype != Py_None && options.momentum != 0.0,

@@ -48,15 +48,15 @@ FUSED_STEP_INLINE void add_products(const X& x, const W& weight, int64_t i,
 }
 
 // Dot products of the block's rows with its rows of W; lane p * kRows + row. In a ragged block the
-// lanes of missing rows and outputs are of no use.
+// lanes of missing rows are of no use.
 template <typename T, int kRows, int kOutputs, bool kRagged, typename X>
 FUSED_STEP_INLINE Vec<T> dot_block(const X* x,  // [rows, I]
                                    int64_t x_stride, int rows,
-                                   const T* weight,  // [outputs, I]
-                                   int outputs, int64_t I) {
+                                   const T* weight,  // [kOutputs, I]
+                                   int64_t I) {
   constexpr int kVecs = kDotVecs<T, kRows, kOutputs>, kSums = kRows * kOutputs;
   const BlockRows<X, kRows, kRagged> x_rows(x, x_stride, rows);
-  const BlockRows<T, kOutputs, kRagged> w_rows(weight, I, outputs);
+  const BlockRows<T, kOutputs, false> w_rows(weight, I, kOutputs);
   Vec<T> acc[kLanes<T>];
   for (auto& a : acc) a = Vec<T>{};
   int64_t i = 0;
@@ -77,14 +77,13 @@ FUSED_STEP_INLINE Vec<T> dot_block(const X* x,  // [rows, I]
 
 // Puts the lanes of a block's sums into the columns of `products`.
 template <typename T, int kRows, int kOutputs>
-FUSED_STEP_INLINE void store_sums(const Vec<T>& sums, int outputs,
-                                  T* products) {  // [outputs, kMaxTileRows]
+FUSED_STEP_INLINE void store_sums(const Vec<T>& sums, T* products) {  // [kOutputs, kMaxTileRows]
   if constexpr (kRows == kLanes<T>) {
     store(products, sums);
   } else {
     T lanes[kLanes<T>];
     store(lanes, sums);
-    for (int p = 0; p < outputs; ++p) {
+    for (int p = 0; p < kOutputs; ++p) {
       for (int r = 0; r < kRows; ++r) {
         T sum = lanes[p * kRows + r];
         for (int v = 1; v < kDotVecs<T, kRows, kOutputs>; ++v) {
@@ -99,12 +98,11 @@ FUSED_STEP_INLINE void store_sums(const Vec<T>& sums, int outputs,
 // The products of one block, whose first row is x and first output o.
 template <typename T, int kRows, int kOutputs, bool kRagged, typename X>
 FUSED_STEP_INLINE void block_products(const OnePassChunk<T>& a, const X* x, int64_t rows, int64_t o,
-                                      T* products) {  // [outputs, kMaxTileRows]
-  const int outputs = static_cast<int>(std::min<int64_t>(kOutputs, a.O - o));
+                                      T* products) {  // [kOutputs, kMaxTileRows]
   store_sums<T, kRows, kOutputs>(
       dot_block<T, kRows, kOutputs, kRagged>(x, a.batch.x_stride, static_cast<int>(rows),
-                                             a.weight + o * a.I, outputs, a.I),
-      outputs, products);
+                                             a.weight + o * a.I, a.I),
+      products);
 }
 
 // The products of the rows from `row` on with the one row of W: in blocks of kRows while there are
@@ -123,6 +121,17 @@ FUSED_STEP_INLINE void row_products(const OnePassChunk<T>& a, const X* x, int64_
   }
 }
 
+// The products of a block's rows with the rows of W from o on, likewise.
+template <typename T, int kOutputs, bool kRagged, typename X>
+FUSED_STEP_INLINE void output_products(const OnePassChunk<T>& a, const X* x, int64_t rows,
+                                       int64_t o, T* products) {  // [O, kMaxTileRows]
+  for (; o + kOutputs <= a.O; o += kOutputs) {
+    block_products<T, kMinDotRows<T>, kOutputs, kRagged>(a, x, rows, o,
+                                                         products + o * kMaxTileRows);
+  }
+  if constexpr (kOutputs > 1) output_products<T, kOutputs / 2, kRagged>(a, x, rows, o, products);
+}
+
 // products[o * kMaxTileRows + row] = x_row . W_o.
 template <typename T, bool kOneOutput, typename X>
 FUSED_STEP_INLINE void tile_products(const OnePassChunk<T>& a, const X* x, int64_t rows,
@@ -131,15 +140,13 @@ FUSED_STEP_INLINE void tile_products(const OnePassChunk<T>& a, const X* x, int64
     row_products<T, kLanes<T>>(a, x, 0, rows, products);
   } else {
     constexpr int kRows = kMinDotRows<T>, kOutputs = kLanes<T> / kRows;
-    for (int64_t row = 0; row < rows; row += kRows) {
-      const X* const block = x + row * a.batch.x_stride;
-      const int64_t n = std::min<int64_t>(kRows, rows - row);
-      for (int64_t o = 0; o < a.O; o += kOutputs) {
-        T* const out = products + o * kMaxTileRows + row;
-        const bool ragged = n < kRows || o + kOutputs > a.O;
-        ragged ? block_products<T, kRows, kOutputs, true>(a, block, n, o, out)
-               : block_products<T, kRows, kOutputs, false>(a, block, n, o, out);
-      }
+    int64_t row = 0;
+    for (; row + kRows <= rows; row += kRows) {
+      output_products<T, kOutputs, false>(a, x + row * a.batch.x_stride, kRows, 0, products + row);
+    }
+    if (row < rows) {
+      output_products<T, kOutputs, true>(a, x + row * a.batch.x_stride, rows - row, 0,
+                                         products + row);
     }
   }
 }
@@ -232,26 +239,30 @@ FUSED_STEP_INLINE void outer_block(const X* x, int64_t x_stride, int64_t rows, N
   }
 }
 
-// All outputs of kVecs vectors of columns from i on, four outputs at a time.
+// The outputs from o on of kVecs vectors of columns from i on, kOutputs at a time, then half.
+template <typename T, int kOutputs, int kVecs, bool kTail, typename X>
+FUSED_STEP_INLINE void outer_outputs(const OnePassChunk<T>& a, const X* x, int64_t rows,
+                                     NextTile next, const T* dy, const FirstLanes<T>& lanes,
+                                     int64_t o, bool first_tile, T* dweight) {
+  const int64_t stride = partial_stride(a.I);
+  for (; o + kOutputs <= a.O; o += kOutputs) {
+    outer_block<T, kOutputs, kVecs, kTail>(x, a.batch.x_stride, rows, o == 0 ? next : NextTile{},
+                                           dy + o * kMaxTileRows, lanes, first_tile,
+                                           dweight + o * stride, stride);
+  }
+  if constexpr (kOutputs > 1) {
+    outer_outputs<T, kOutputs / 2, kVecs, kTail>(a, x, rows, next, dy, lanes, o, first_tile,
+                                                 dweight);
+  }
+}
+
+// All outputs of kVecs vectors of columns from i on.
 template <typename T, bool kOneOutput, int kVecs, bool kTail = false, typename X>
 FUSED_STEP_INLINE void outer_columns(const OnePassChunk<T>& a, const X* x, int64_t rows,
                                      NextTile next, const T* dy, int64_t i, bool first_tile) {
-  const int64_t stride = partial_stride(a.I), x_stride = a.batch.x_stride;
-  const FirstLanes<T> lanes = first_lanes<T>(kTail ? a.I - i : kLanes<T>);
-  T* const dweight = a.partial.dweight + i;
-  int64_t o = 0;
-  if constexpr (!kOneOutput) {
-    for (; o + 4 <= a.O; o += 4) {
-      outer_block<T, 4, kVecs, kTail>(x + i, x_stride, rows, o == 0 ? next : NextTile{},
-                                      dy + o * kMaxTileRows, lanes, first_tile,
-                                      dweight + o * stride, stride);
-    }
-  }
-  for (; o < a.O; ++o) {
-    outer_block<T, 1, kVecs, kTail>(x + i, x_stride, rows, o == 0 ? next : NextTile{},
-                                    dy + o * kMaxTileRows, lanes, first_tile, dweight + o * stride,
-                                    stride);
-  }
+  outer_outputs<T, kOneOutput ? 1 : 4, kVecs, kTail>(a, x + i, rows, next, dy,
+                                                     first_lanes<T>(kTail ? a.I - i : kLanes<T>), 0,
+                                                     first_tile, a.partial.dweight + i);
 }
 
 // Each block of columns prefetches one line of each row of the next tile, from the first on. With
