@@ -172,18 +172,26 @@ __device__ __forceinline__ void read_mma_weight(MmaRing<S>& ring, MmaRows<typena
   __syncwarp();
 }
 
-// The targets of a lane's part of y, as multiply_rows() has it.
+// A team's warps share the outputs out where they make dy: number j of a warp's tiles, of which
+// only those below kTiles are there. A warp alone has them all.
+__device__ __forceinline__ int mma_tile(int j, int team) {
+  unsigned thread = threadIdx.x;
+  forget(thread);  // a step's registers are full
+  return j * team + (static_cast<int>(thread) / kWarp & (team - 1));
+}
+
+// The targets of a lane's part of y in its warp's tiles, as multiply_rows() has it.
 template <typename S>
-__device__ __forceinline__ void read_mma_target(const MmaRows<typename S::X>& from,
+__device__ __forceinline__ void read_mma_target(const MmaRows<typename S::X>& from, int team,
                                                 typename S::X (&target)[S::kTiles][2]) {
   const int lane = static_cast<int>(threadIdx.x) % kWarp, g = lane / 4, t = lane % 4;
 #pragma unroll
-  for (int tile = 0; tile < S::kTiles; ++tile) {
+  for (int j = 0; j < S::kTiles; ++j) {
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
-      const int row = 2 * t + e, o = kMmaOutputs * tile + g;
+      const int row = 2 * t + e, o = kMmaOutputs * mma_tile(j, team) + g;
       const bool is_there = row < from.rows && o < from.columns;
-      target[tile][e] = is_there ? from.first[row * from.stride + o] : typename S::X{};
+      target[j][e] = is_there ? from.first[row * from.stride + o] : typename S::X{};
     }
   }
 }
@@ -238,28 +246,13 @@ __device__ __forceinline__ void multiply_rows(const MmaRing<S>& ring, int stage,
   }
 }
 
-// Adds y over the warps of each team, in order and in all of them. Between two calls with the same
-// buffer must lie one with another: who writes it has passed the barrier after which it was last
-// read.
+// What the warps of a team pass each other: y of each, then dy of the team. Between two uses of
+// either lies a barrier for the other.
 template <typename S>
-__device__ __forceinline__ void add_products(float2* buffer, int warp, int team,
-                                             float (&y)[S::kTiles][2]) {
-  const int lane = static_cast<int>(threadIdx.x) % kWarp;
-#pragma unroll
-  for (int tile = 0; tile < S::kTiles; ++tile) {
-    buffer[(warp * S::kTiles + tile) * kWarp + lane] = make_float2(y[tile][0], y[tile][1]);
-    y[tile][0] = y[tile][1] = 0.0f;
-  }
-  __syncthreads();
-  const float2* part = buffer + warp / team * team * S::kTiles * kWarp + lane;
-  for (int k = 0; k < team; ++k) {
-#pragma unroll
-    for (int tile = 0; tile < S::kTiles; ++tile, part += kWarp) {
-      y[tile][0] += part->x;
-      y[tile][1] += part->y;
-    }
-  }
-}
+struct MmaExchange {
+  float2 y[kMmaWarps][S::kTiles][kWarp];
+  uint2 dy[kMmaWarps / 2][S::kTiles][kWarp];  // of each team
+};
 
 // dy of two adjacent rows as words of X: the value rounded, then what that left out. Together they
 // have 16 bits or more of it, where the plain loop's dy has the 8 or 11 of X. As the second factor
@@ -269,6 +262,7 @@ struct SplitPair {
   unsigned words[2];
 
   SplitPair() = default;
+  __device__ __forceinline__ explicit SplitPair(uint2 both) : words{both.x, both.y} {}
   __device__ __forceinline__ explicit SplitPair(const float (&value)[2]) {
     X rounded[2], rest[2];
 #pragma unroll
@@ -383,7 +377,7 @@ __global__ void __launch_bounds__(kMmaThreads, 1)
   // float16 would lose small dy, where the mean is over many: its r is used, and scaled at the end.
   constexpr bool kScalesLast = kIsFloat16<X>;
   FUSED_STEP_DYNAMIC_SHARED(all_shared);
-  // Of each lane of a team's first warp: loss, dbias. Lanes 4 g to 4 g + 3 have their share of the
+  // Of each lane: loss, dbias of its warp's tiles. Lanes 4 g to 4 g + 3 have their share of the
   // same outputs.
   using LaneSums = double[1 + S::kTiles][kMmaThreads];
   LaneSums& sums = *reinterpret_cast<LaneSums*>(all_shared);
@@ -424,37 +418,57 @@ __global__ void __launch_bounds__(kMmaThreads, 1)
   // Whole steps of the block: a team without rows has zeros.
   for (int step = 0; step * step_rows < rows; ++step) {
     X target[S::kTiles][2];
-    read_mma_target<S>(target_at(row), target);
+    read_mma_target<S>(target_at(row), team, target);
     ring.wait(stages - 1);
     float y[S::kTiles][2];
     multiply_rows<S>(ring, stage, w, columns, y);
-    // Behind the ring, two buffers in turn, as in one_pass_wide_kernel.
+    // Behind the ring.
+    auto& exchange = *reinterpret_cast<MmaExchange<S>*>(shared + stages * S::kStageBytes);
     if (team > 1) {
-      add_products<S>(reinterpret_cast<float2*>(shared + stages * S::kStageBytes) +
-                          step % 2 * kMmaWarps * S::kTiles * kWarp,
-                      warp, team, y);
+#pragma unroll
+      for (int tile = 0; tile < S::kTiles; ++tile) {
+        exchange.y[warp][tile][lane] = make_float2(y[tile][0], y[tile][1]);
+      }
+      __syncthreads();
     }
     SplitPair<X> dy[S::kTiles];
     float loss = 0.0f;
 #pragma unroll
-    for (int tile = 0; tile < S::kTiles; ++tile) {
-      const int o = kMmaOutputs * tile + g;
+    for (int j = 0; j < S::kTiles; ++j) {
+      const int tile = mma_tile(j, team), o = kMmaOutputs * tile + g;
+      if (tile >= S::kTiles) break;
+      if (team > 1) {
+        y[j][0] = y[j][1] = 0.0f;
+        for (int k = 0; k < team; ++k) {
+          const float2 part = exchange.y[my_team * team + k][tile][lane];
+          y[j][0] += part.x;
+          y[j][1] += part.y;
+        }
+      }
       // Read anew with each step: in registers it would be the one too many.
       const float bias = a.bias != nullptr && o < O ? widen(a.bias[o]) : 0.0f;
       float passed_on[2], dbias = 0.0f;
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
-        const float residual = mse_residual(y[tile][e], bias, widen(target[tile][e]));
+        const float residual = mse_residual(y[j][e], bias, widen(target[j][e]));
         const bool is_there = row + 2 * t + e < rows && o < O;
         const float there = is_there ? residual : 0.0f, scaled = mse_dy(there, a.dy_scale);
         loss += mse_term(there);
         dbias += scaled;
         passed_on[e] = kScalesLast ? there : scaled;
       }
-      if (is_first) sums[1 + tile][thread] += static_cast<double>(dbias);
-      dy[tile] = SplitPair<X>(passed_on);
+      sums[1 + j][thread] += static_cast<double>(dbias);
+      dy[j] = SplitPair<X>(passed_on);
+      if (team > 1) exchange.dy[my_team][tile][lane] = uint2{dy[j].words[0], dy[j].words[1]};
     }
-    if (is_first) sums[0][thread] += static_cast<double>(loss);
+    sums[0][thread] += static_cast<double>(loss);
+    if (team > 1) {
+      __syncthreads();
+#pragma unroll
+      for (int tile = 0; tile < S::kTiles; ++tile) {
+        dy[tile] = SplitPair<X>(exchange.dy[my_team][tile][lane]);
+      }
+    }
     add_mma_dweight<S>(ring, stage, dy, columns, dweight);
     if constexpr (S::kDx) {
       replace_by_dx<S>(ring, stage, w, dy, last_scale(), columns);
@@ -494,11 +508,12 @@ __global__ void __launch_bounds__(kMmaThreads, 1)
   }
   __syncthreads();
   if (thread <= O) {
-    const int o = thread - 1;
+    const int o = thread - 1, tile = o / kMmaOutputs;
+    const int owner = tile % team;  // of a team's warps
     const double* const from =
-        thread == 0 ? sums[0] : sums[1 + o / kMmaOutputs] + 4 * (o % kMmaOutputs);
+        thread == 0 ? sums[0] : sums[1 + tile / team] + owner * kWarp + 4 * (o % kMmaOutputs);
     double sum = 0.0;
-    for (int k = 0; k < kMmaWarps; k += team) sum += from[k * kWarp];
+    for (int k = 0; k < kMmaWarps; k += thread == 0 ? 1 : team) sum += from[k * kWarp];
     partials.sums(blockIdx.x)[thread] = sum;
   }
   finish_one_pass(a);

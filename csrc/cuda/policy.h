@@ -108,8 +108,9 @@ constexpr int64_t mma_team_sums(int tiles, int warp_columns) {
 }
 constexpr int64_t mma_shared_bytes(int tiles, int warp_columns, int stages, int team) {
   const int64_t sums = int64_t{8} * (1 + tiles) * kMmaThreads;
-  const int64_t products = team > 1 ? int64_t{2} * kMmaWarps * tiles * kWarp * 8 : 0;
-  return sums + at_least(mma_ring_bytes(warp_columns, stages) + products,
+  // What warps of a team pass each other.
+  const int64_t exchange = team > 1 ? int64_t{8} * (kMmaWarps + kMmaWarps / 2) * tiles * kWarp : 0;
+  return sums + at_least(mma_ring_bytes(warp_columns, stages) + exchange,
                          team < kMmaWarps ? mma_team_sums(tiles, warp_columns) : 0);
 }
 // What the ordered sum has beside it, and more than that.
