@@ -48,15 +48,15 @@ FUSED_STEP_INLINE void add_products(const X& x, const W& weight, int64_t i,
 }
 
 // Dot products of the block's rows with its rows of W; lane p * kRows + row. In a ragged block the
-// lanes of missing rows are of no use.
+// lanes of missing rows and outputs are of no use.
 template <typename T, int kRows, int kOutputs, bool kRagged, typename X>
 FUSED_STEP_INLINE Vec<T> dot_block(const X* x,  // [rows, I]
                                    int64_t x_stride, int rows,
-                                   const T* weight,  // [kOutputs, I]
-                                   int64_t I) {
+                                   const T* weight,  // [outputs, I]
+                                   int outputs, int64_t I) {
   constexpr int kVecs = kDotVecs<T, kRows, kOutputs>, kSums = kRows * kOutputs;
   const BlockRows<X, kRows, kRagged> x_rows(x, x_stride, rows);
-  const BlockRows<T, kOutputs, false> w_rows(weight, I, kOutputs);
+  const BlockRows<T, kOutputs, kRagged> w_rows(weight, I, outputs);
   Vec<T> acc[kLanes<T>];
   for (auto& a : acc) a = Vec<T>{};
   int64_t i = 0;
@@ -77,13 +77,14 @@ FUSED_STEP_INLINE Vec<T> dot_block(const X* x,  // [rows, I]
 
 // Puts the lanes of a block's sums into the columns of `products`.
 template <typename T, int kRows, int kOutputs>
-FUSED_STEP_INLINE void store_sums(const Vec<T>& sums, T* products) {  // [kOutputs, kMaxTileRows]
+FUSED_STEP_INLINE void store_sums(const Vec<T>& sums, int outputs,
+                                  T* products) {  // [outputs, kMaxTileRows]
   if constexpr (kRows == kLanes<T>) {
     store(products, sums);
   } else {
     T lanes[kLanes<T>];
     store(lanes, sums);
-    for (int p = 0; p < kOutputs; ++p) {
+    for (int p = 0; p < outputs; ++p) {
       for (int r = 0; r < kRows; ++r) {
         T sum = lanes[p * kRows + r];
         for (int v = 1; v < kDotVecs<T, kRows, kOutputs>; ++v) {
@@ -98,11 +99,12 @@ FUSED_STEP_INLINE void store_sums(const Vec<T>& sums, T* products) {  // [kOutpu
 // The products of one block, whose first row is x and first output o.
 template <typename T, int kRows, int kOutputs, bool kRagged, typename X>
 FUSED_STEP_INLINE void block_products(const OnePassChunk<T>& a, const X* x, int64_t rows, int64_t o,
-                                      T* products) {  // [kOutputs, kMaxTileRows]
+                                      T* products) {  // [outputs, kMaxTileRows]
+  const int outputs = static_cast<int>(std::min<int64_t>(kOutputs, a.O - o));
   store_sums<T, kRows, kOutputs>(
       dot_block<T, kRows, kOutputs, kRagged>(x, a.batch.x_stride, static_cast<int>(rows),
-                                             a.weight + o * a.I, a.I),
-      products);
+                                             a.weight + o * a.I, outputs, a.I),
+      outputs, products);
 }
 
 // The products of the rows from `row` on with the one row of W: in blocks of kRows while there are
@@ -121,13 +123,19 @@ FUSED_STEP_INLINE void row_products(const OnePassChunk<T>& a, const X* x, int64_
   }
 }
 
-// The products of a block's rows with the rows of W from o on, likewise.
+// The products of a block's rows with the rows of W from o on, likewise; three outputs of four take
+// one block and not two, since in short rows most of its time goes into the sums' transposition.
 template <typename T, int kOutputs, bool kRagged, typename X>
 FUSED_STEP_INLINE void output_products(const OnePassChunk<T>& a, const X* x, int64_t rows,
                                        int64_t o, T* products) {  // [O, kMaxTileRows]
+  constexpr int kRows = kMinDotRows<T>;
   for (; o + kOutputs <= a.O; o += kOutputs) {
-    block_products<T, kMinDotRows<T>, kOutputs, kRagged>(a, x, rows, o,
-                                                         products + o * kMaxTileRows);
+    block_products<T, kRows, kOutputs, kRagged>(a, x, rows, o, products + o * kMaxTileRows);
+  }
+  if constexpr (kOutputs == 4) {
+    if (o + 3 == a.O) {
+      return block_products<T, kRows, 4, true>(a, x, rows, o, products + o * kMaxTileRows);
+    }
   }
   if constexpr (kOutputs > 1) output_products<T, kOutputs / 2, kRagged>(a, x, rows, o, products);
 }
