@@ -162,7 +162,8 @@ SgdStep::LookedAt::LookedAt(const at::Tensor& param, const at::Tensor& grad)
     : param(param.unsafeGetTensorImpl()),
       grad(grad.unsafeGetTensorImpl()),
       param_storage(this->param->unsafe_storage().unsafeGetStorageImpl()),
-      grad_storage(this->grad->unsafe_storage().unsafeGetStorageImpl()) {}
+      grad_storage(this->grad->unsafe_storage().unsafeGetStorageImpl()),
+      grad_object(this->grad->pyobj_slot()->load_pyobj()) {}
 
 // One line of each storage, and those of a TensorImpl that hold keys, sizes and type. Asking for
 // all their lines costs what it gains.
@@ -268,7 +269,10 @@ __attribute__((flatten)) bool SgdStep::is_as_before(Slot& slot, bool writes_grad
   }
   const c10::DispatchKeySet keys = work.keys;
   void* const grad_data = contiguous_data(g, keys, work.dtype, slice.n, bytes_each, writes_grads);
-  if (grad_data == nullptr || !is_exact(g) || !same_sizes(p, g) ||
+  // An object that was looked at before is not touched: it would be one more line of memory.
+  const bool is_known =
+      &g == work.looked_at.grad && g.pyobj_slot()->load_pyobj() == work.looked_at.grad_object;
+  if (grad_data == nullptr || !(is_known || is_exact(g)) || !same_sizes(p, g) ||
       contiguous_data(p, keys, work.dtype, slice.n, bytes_each, true) != slice.param) {
     return false;
   }

@@ -64,6 +64,7 @@ class SgdStep {
     const c10::TensorImpl* grad;
     const c10::StorageImpl* param_storage;
     const c10::StorageImpl* grad_storage;
+    const PyObject* grad_object;  // of Python, null where it has not seen the gradient
 
     LookedAt(const at::Tensor& param, const at::Tensor& grad);
     void prefetch() const;
