@@ -92,7 +92,7 @@ Chunks chunks_for(const LinearShape& s) {
 }
 
 template <typename X, typename P>
-cudaError_t launch_rows_of(const OnePassArgs<X, P>& a, cudaStream_t stream) {
+cudaError_t launch_chunks(const OnePassArgs<X, P>& a, cudaStream_t stream) {
   if constexpr (sizeof(P) == 2) {  // and so x, of the same type
     if (takes_mma<X, P>(a.shape)) return launch_one_pass_mma(a, stream);
   }
@@ -110,7 +110,7 @@ cudaError_t launch_one_pass(OnePassArgs<X, P> a, cudaStream_t stream) {
   a.partial_bytes = partial_bytes(a.shape.I, a.shape.O, sizeof(Accum<P>));
   a.dweight_at = partial_dweight_at(a.shape.O);
   if (sums_apart(a.chunks, a.partial_bytes)) a.scratch.tickets = nullptr;
-  const cudaError_t error = launch_rows_of(a, stream);
+  const cudaError_t error = launch_chunks(a, stream);
   if (error != cudaSuccess || a.scratch.tickets != nullptr) return error;
   const int64_t blocks = sum_blocks(a.shape, sizeof(Accum<P>));
   return launch(one_pass_sum_kernel<X, P>, dim3(static_cast<unsigned>(blocks)), kSumThreads, 0,
