@@ -92,12 +92,14 @@ class SGD(torch.optim.SGD):
     def _step_supports_amp_scaling(self) -> bool:
         """Whether a GradScaler leaves it to ``step()`` to unscale and to skip.
 
-        Hooks and the step of a subclass look at ``p.grad``, and count steps: for them the scaler
-        unscales the gradients before the call, and makes none to skip, as for torch.optim.SGD.
+        Hooks, the step of a subclass and one set on the instance look at ``p.grad``, and count
+        steps: for them the scaler unscales the gradients before the call, and makes none to skip,
+        as for torch.optim.SGD.
         """
         return (
             self._takes_grad_scale
             and type(self).step is SGD.step
+            and _stock.is_stock_sgd_step(self.__dict__.get("step", SGD.step))
             and not _stock.has_step_hooks(self)
         )
 

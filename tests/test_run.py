@@ -525,6 +525,15 @@ def test_run_without_steps_returns_no_losses_and_changes_nothing(rows, epochs, s
     assert len(optimizer.state) == 0
 
 
+@pytest.mark.parametrize("model", [nn.Linear(2, 1), nn.Sequential(nn.Linear(2, 1), nn.ReLU())])
+def test_run_without_steps_returns_losses_of_the_models_dtype(model):
+    model = model.double()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    step = fused_step.TrainStep(model, nn.MSELoss(), optimizer)
+    data = torch.zeros(3, 2, dtype=torch.float64), torch.zeros(3, 1, dtype=torch.float64)
+    assert step.run(*data, epochs=0).dtype == step.run(*data, epochs=1).dtype == torch.float64
+
+
 def test_only_the_data_are_positional():
     model, loss_function, optimizer = Problem.random(40, 5, 3).build()
     step = fused_step.TrainStep(model, loss_function, optimizer)

@@ -72,16 +72,27 @@ def clip_before(optimizer):
     optimizer.register_step_pre_hook(
         lambda *_: torch.nn.utils.clip_grad_norm_(params, 0.5) and None
     )
-    return optimizer
 
 
-@pytest.mark.parametrize("by", ["hook", "step"])
+def clip_in_its_own_step(optimizer):
+    step, params = optimizer.step, optimizer.param_groups[0]["params"]
+
+    def clipping(closure=None):
+        torch.nn.utils.clip_grad_norm_(params, 0.5)
+        return step(closure)
+
+    optimizer.step = clipping
+
+
+@pytest.mark.parametrize("by", ["hook", "step", "step of the instance"])
 def test_what_looks_at_gradients_before_a_scaled_step_finds_them_unscaled(by):
     def trained(make):
         params = [copy_of(p) for p in random_params(3, 17)]
         optimizer = make(params, lr=0.1, momentum=0.9)
         if by == "hook":
             clip_before(optimizer)
+        elif by == "step of the instance":
+            clip_in_its_own_step(optimizer)
         scaler = make_scaler(1024.0)
         for k in range(3):
             for p in params:
@@ -90,8 +101,8 @@ def test_what_looks_at_gradients_before_a_scaled_step_finds_them_unscaled(by):
             scaler.update()
         return params
 
-    ours = fused_step.SGD if by == "hook" else ClippingSGD
-    torchs = torch.optim.SGD if by == "hook" else ClippingTorchSGD
+    ours = ClippingSGD if by == "step" else fused_step.SGD
+    torchs = ClippingTorchSGD if by == "step" else torch.optim.SGD
     for p, q in zip(trained(ours), trained(torchs), strict=True):
         assert torch.equal(p, q)
 

@@ -274,8 +274,9 @@ FUSED_STEP_INLINE void outer_columns(const OnePassChunk<T>& a, const X* x, int64
 }
 
 // Each block of columns prefetches one line of each row of the next tile, from the first on. With
-// one output these are a quarter of the tile (half of a 16-bit one), about what memory delivers
-// during this phase; the y phase then runs at the speed of memory by itself.
+// one output these are a quarter of the tile (half of a 16-bit one; with AVX-512 half as much),
+// about what memory delivers during this phase; the y phase then runs at the speed of memory by
+// itself.
 template <typename T, bool kOneOutput, typename X>
 FUSED_STEP_INLINE void tile_outer(const OnePassChunk<T>& a, const X* x, int64_t rows, NextTile next,
                                   const T* dy, bool first_tile) {

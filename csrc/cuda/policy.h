@@ -106,10 +106,13 @@ constexpr int mma_ring_bytes(int warp_columns, int stages) {
 constexpr int64_t mma_team_sums(int tiles, int warp_columns) {
   return int64_t{4} * (kMmaWarps / 2) * kMmaOutputs * tiles * warp_columns;
 }
+// What the warps of a team pass each other: y of each warp, dy of each team.
+constexpr int64_t mma_exchange_bytes(int tiles) {
+  return int64_t{8} * (kMmaWarps + kMmaWarps / 2) * tiles * kWarp;
+}
 constexpr int64_t mma_shared_bytes(int tiles, int warp_columns, int stages, int team) {
   const int64_t sums = int64_t{8} * (1 + tiles) * kMmaThreads;
-  // What warps of a team pass each other.
-  const int64_t exchange = team > 1 ? int64_t{8} * (kMmaWarps + kMmaWarps / 2) * tiles * kWarp : 0;
+  const int64_t exchange = team > 1 ? mma_exchange_bytes(tiles) : 0;
   return sums + at_least(mma_ring_bytes(warp_columns, stages) + exchange,
                          team < kMmaWarps ? mma_team_sums(tiles, warp_columns) : 0);
 }

@@ -109,9 +109,9 @@ struct Factors {
   float d[4];
 };
 
-// sum + the products, as the units add them: cut off, each addend one bit below the last of the
-// largest one's, their sum at its own last bit (Fasi, Higham, Mikaitis, Pranesh: Numerical behavior
-// of NVIDIA tensor cores, 2021, section 4).
+// sum + the products as the units add them, or worse: not rounded but cut off, each addend one bit
+// below the last of the largest one's, their sum at its own last bit. That they cut off: Fasi,
+// Higham, Mikaitis, Pranesh, Numerical behavior of NVIDIA tensor cores, 2021.
 inline float add_products_cut_off(float sum, const float (&products)[8]) {
   float largest = std::fabs(sum), plain = sum;
   for (const float p : products) {
