@@ -12,6 +12,7 @@ namespace {
 template <typename X, int kTiles, bool kDx>
 cudaError_t launch_part(const OnePassArgs<X, X>& a, cudaStream_t stream) {
   using S = MmaPart<X, kTiles, kDx>;
+  static_assert(sizeof(MmaExchange<S>) == mma_exchange_bytes(kTiles));
   const auto kernel = one_pass_mma_kernel<S>;
   const int team = mma_team(a.shape.I, S::kColumns);
   const int stages = mma_stages(kTiles, S::kColumns, team, most_shared());

@@ -423,7 +423,6 @@ __global__ void __launch_bounds__(kMmaThreads, 1)
     float y[S::kTiles][2];
     multiply_rows<S>(ring, stage, w, columns, y);
     // Behind the ring.
-    static_assert(sizeof(MmaExchange<S>) == mma_exchange_bytes(S::kTiles));
     auto& exchange = *reinterpret_cast<MmaExchange<S>*>(shared + stages * S::kStageBytes);
     if (team > 1) {
 #pragma unroll
