@@ -101,7 +101,7 @@ class HeadStep:
     def __init__(self, model: Any, loss_function: Any, optimizer: Any) -> None:
         pass
 
-    def modules(self) -> None:
+    def calls(self) -> None:
         """Not fused."""
 
     def step(self, hidden: Any, target: Tensor) -> None:

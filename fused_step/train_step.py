@@ -174,25 +174,29 @@ class TrainStep:
     def _loop_step(self, input: Tensor, target: Tensor) -> Tensor:
         """The five lines, with what of them can be fused."""
         self._loop_plan = "optimizer" if self._has_fused_update() else "plain"
-        modules = None if self._loss_function is None else self._head.modules()
-        if modules is not None:
-            return self._step_by_modules(modules, input, target)
-        loss: Tensor
         if self._loss_function is None:
-            loss = self._model(input, target)
-        else:
-            output = self._model(input)
-            loss = self._loss_function(output, target)
-        return self._last_lines(loss)
+            return self._last_lines(self._model(input, target))
+        calls = self._head.calls()
+        if calls is not None:
+            return self._step_by_calls(*calls, input, target)
+        return self._last_lines(self._loss_function(self._model(input), target))
 
-    def _step_by_modules(
-        self, modules: tuple[nn.Module, ...], input: Tensor, target: Tensor
+    def _step_by_calls(
+        self,
+        body: tuple[tuple[Callable[[Any], Any], nn.Module | None], ...],
+        linear: nn.Module,
+        input: Tensor,
+        target: Tensor,
     ) -> Tensor:
-        """The same for a model that calls these modules one after the other, a linear one last."""
-        *body, linear = modules
+        """The same for a model that makes these calls one after the other, then that of a layer."""
         hidden: Any = input
-        for module in body:
-            hidden = module(hidden)
+        for call, expected in body:
+            hidden = call(hidden)
+            if expected is not None:  # a forward() without its last call: what it would call
+                called, hidden = hidden
+                if called is not expected:  # replaced by what it did before
+                    output = called(hidden)
+                    return self._last_lines(self._loss_function(output, target))  # type: ignore[misc]
         loss = self._head.step(hidden, target)
         if loss is not None:  # the rest of the step was done with it
             self._loop_plan = "head"

@@ -192,7 +192,7 @@ def linear_subclass(world):
     world.model.__class__ = nn.Linear
 
 
-@scenario("Sequential", sequential=True, name="linear subclass in Sequential")
+@scenario("does not end in nn.Linear itself", sequential=True, name="linear subclass in Sequential")
 def inner_subclass(world):
     world.linear.__class__ = DoubledLinear
     yield

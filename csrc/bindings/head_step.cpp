@@ -110,21 +110,34 @@ bool HeadStep::check(PyObject* hidden, PyObject* target, Verdict& v) const {
       "dimensions");
 }
 
-py::object HeadStep::modules() {
+// After the body, which may have changed what there is to read.
+bool HeadStep::read_again() {
+  Verdict verdict(nullptr);
+  // forward() looks the layer up before it makes the argument.
+  return read(verdict) && (called_ == nullptr || called_ == reading_.model.linear);
+}
+
+py::object HeadStep::calls() {
   Verdict verdict(nullptr);
   if (!read(verdict)) return py::none();
-  py::tuple modules(reading_.body.size() + 1);
+  PyObject* const linear = reading_.model.linear;
+  py::tuple body(reading_.body.size());
+  called_ = nullptr;
   for (size_t k = 0; k < reading_.body.size(); ++k) {
-    modules[k] = py::reinterpret_borrow<py::object>(reading_.body[k]);
+    const BodyPart& part = reading_.body[k];
+    const bool is_module = part.last.module == nullptr;
+    body[k] = py::make_tuple(
+        is_module ? py::reinterpret_borrow<py::object>(part.module)
+                  : py::reinterpret_steal<py::object>(method_before(part.last, part.module)),
+        is_module ? py::none() : py::reinterpret_borrow<py::object>(part.last.module));
+    called_ = part.last.module == linear ? linear : nullptr;
   }
-  modules[reading_.body.size()] = py::reinterpret_borrow<py::object>(reading_.model.linear);
-  return modules;
+  return py::make_tuple(body, py::handle(linear));
 }
 
 py::object HeadStep::step(py::handle hidden, py::handle target) {
-  Verdict verdict(nullptr);
-  // Without modules before it the layer is the model, and LinearStep has looked at that.
-  if (!is_exact_tensor(hidden.ptr()) || tensor_of(hidden.ptr()).requires_grad() || !read(verdict) ||
+  // Without anything before it the layer is the model, and LinearStep has looked at that.
+  if (!is_exact_tensor(hidden.ptr()) || tensor_of(hidden.ptr()).requires_grad() || !read_again() ||
       reading_.body.empty()) {
     return py::none();
   }
@@ -138,7 +151,7 @@ py::object HeadStep::step(py::handle hidden, py::handle target) {
 
 py::object HeadStep::loss(py::handle hidden, py::handle target) {
   Verdict verdict(nullptr);
-  if (!read(verdict) || !check(hidden.ptr(), target.ptr(), verdict)) return py::none();
+  if (!read_again() || !check(hidden.ptr(), target.ptr(), verdict)) return py::none();
   const LinearModel& model = reading_.model;
   // Copies: without the GIL another thread may take them out of the model.
   const at::Tensor input = tensor_of(hidden.ptr()), weight = tensor_of(model.weight);

@@ -23,11 +23,12 @@ class HeadStep {
   HeadStep(pybind11::handle model, pybind11::handle loss_function, pybind11::handle optimizer)
       : model_(model), loss_function_(loss_function), optimizer_(optimizer) {}
 
-  // The modules that a call of the model calls one after the other, the last layer at the end; None
-  // where the head is not fused.
-  pybind11::object modules();
+  // What a call of the model calls one after the other, and the last layer; None where the head is
+  // not fused. (call, None) of a module; (call, module) of a forward() without its last call, which
+  // gives the module that would be called and its argument.
+  pybind11::object calls();
 
-  // `hidden` is what the modules before the last layer gave. The whole rest of the step, by a plan
+  // `hidden` is what the calls before the last layer gave. The whole rest of the step, by a plan
   // of that layer, if `hidden` needs no gradient; None, and nothing changed, where that is not so.
   pybind11::object step(pybind11::handle hidden, pybind11::handle target);
 
@@ -35,23 +36,25 @@ class HeadStep {
   // and `hidden` that need one. None where the head is not fused.
   pybind11::object loss(pybind11::handle hidden, pybind11::handle target);
 
-  // Whether the head of step(input, target) would be fused, as far as can be told without what the
-  // modules before the last layer give; and why not.
+  // Whether the head of step(input, target) would be fused, as far as can be told without what
+  // comes before the last layer; and why not.
   std::pair<bool, std::vector<std::string>> explain(pybind11::handle input,
                                                     pybind11::handle target);
 
  private:
   struct Reading {
     LinearModel model;
-    std::vector<PyObject*> body;  // the modules before the last layer
+    std::vector<BodyPart> body;  // what comes before the last layer
   };
 
   bool read(Verdict& verdict);
+  bool read_again();
   bool check(PyObject* hidden, PyObject* target, Verdict& verdict) const;
 
   pybind11::handle model_, loss_function_, optimizer_;
   Watch watch_;  // over what reading_ came from
   Reading reading_;
+  PyObject* called_ = nullptr;       // the layer, where calls() had its caller look it up
   std::optional<LinearStep> layer_;  // of layer_of_
   PyObject* layer_of_ = nullptr;
 };

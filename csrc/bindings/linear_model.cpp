@@ -14,42 +14,12 @@ namespace py = pybind11;
 
 namespace {
 
-// A module whose type was checked: is a call of it nothing but its class' forward?
-bool check_module(PyObject* module, PyObject* dict, const ModuleClass& module_class,
-                  const char* name, Verdict& v, Watch& watch) {
-  const Names& n = python_objects().names;
-  watch.root(module, dict);
-  if (v.against(!module_class.is_as_imported(n), name, ": its class has been changed"))
-    return false;
-  if (v.against(get_item(dict, n.forward) != nullptr, name, " has a forward of its own"))
-    return false;
-  if (v.against(get_item(dict, n.call_impl) != nullptr, name, " has a _call_impl of its own"))
-    return false;
-  PyObject* const compiled = get_item(dict, n.compiled_call_impl);
-  if (v.against(compiled != nullptr && compiled != Py_None, name, " is compiled")) return false;
-  bool has_hooks = false;
-  for (PyObject* key :
-       {n.forward_hooks, n.forward_pre_hooks, n.backward_hooks, n.backward_pre_hooks}) {
-    PyObject* const hooks = get_item(dict, key);
-    watch.dict(hooks);
-    has_hooks |= !is_empty_dict(hooks);
-  }
-  return !v.against(has_hooks, name, " has hooks");
-}
-
 bool check_functional(Verdict& v, Watch& watch) {
   const PythonObjects& o = python_objects();
   watch.dict(o.functional);
   return !v.against(get_item(o.functional, o.names.linear) != o.linear_function ||
                         get_item(o.functional, o.names.mse_loss) != o.mse_loss_function,
                     "F.linear or F.mse_loss has been replaced");
-}
-
-// The modules inside of one whose dictionary is `dict`; null where that is no dictionary.
-PyObject* modules_of(PyObject* dict, Watch& watch) {
-  PyObject* const modules = get_item(dict, python_objects().names.modules);
-  watch.dict(modules);
-  return modules != nullptr && PyDict_Check(modules) ? modules : nullptr;
 }
 
 bool read_layer(PyObject* linear, Verdict& v, Watch& watch, LinearModel& reading) {
@@ -75,72 +45,79 @@ bool read_layer(PyObject* linear, Verdict& v, Watch& watch, LinearModel& reading
   return true;
 }
 
-}  // namespace
+// One may end in itself.
+constexpr int kMaxDepth = 100;
 
-bool read_only_layer(PyObject* model, PyObject* loss, Verdict& v, Watch& watch,
-                     LinearModel& reading) {
+// Goes from the model to its last layer. `body` null: nothing may come before it.
+bool read_way_to_layer(PyObject* model, Verdict& v, Watch& watch, LinearModel& reading,
+                       std::vector<BodyPart>* body) {
   const PythonObjects& o = python_objects();
-  const Names& n = o.names;
-  if (!check_functional(v, watch)) return false;
-  PyObject* linear = model;
-  const bool gives_loss = loss == Py_None;
-  const ModuleClass& outer = gives_loss ? o.linear_mse_loss : o.sequential;
-  if (Py_TYPE(linear) == outer.type) {
-    const py::object dict = dict_of(linear);
-    if (!check_module(linear, dict.ptr(), outer, "the model", v, watch)) return false;
-    PyObject* const modules = modules_of(dict.ptr(), watch);
-    Py_ssize_t position = 0;
-    PyObject* only = nullptr;
-    const bool has_one = modules != nullptr && PyDict_GET_SIZE(modules) == 1 &&
-                         PyDict_Next(modules, &position, nullptr, &only) &&
-                         Py_TYPE(only) == o.linear.type;
-    // LinearMSELoss asks for its layer by name, and an attribute of that name would hide it.
-    const bool is_asked_for = !gives_loss || (has_one && get_item(modules, n.linear) == only &&
-                                              get_item(dict.ptr(), n.linear) == nullptr);
-    if (!has_one || !is_asked_for) {
-      return v.reject(gives_loss
-                          ? "the model's only module is not its nn.Linear"
-                          : "the model is a Sequential of something else than one nn.Linear");
-    }
-    linear = only;
-  } else if (gives_loss) {
-    return v.reject(std::string("the model is ") + Py_TYPE(linear)->tp_name +
-                    ", not LinearMSELoss itself");
-  }
-  if (Py_TYPE(linear) != o.linear.type) {
-    return v.reject(std::string("the model is ") + Py_TYPE(linear)->tp_name +
-                    ", not nn.Linear itself (or a Sequential of just one)");
-  }
-  return read_layer(linear, v, watch, reading);
-}
-
-constexpr int kMaxSequentials = 100;
-
-bool read_last_layer(PyObject* model, Verdict& v, Watch& watch, LinearModel& reading,
-                     std::vector<PyObject*>& body) {
-  const PythonObjects& o = python_objects();
-  if (!check_functional(v, watch)) return false;
   PyObject* last = model;
-  for (int depth = 0; Py_TYPE(last) == o.sequential.type; ++depth) {
-    if (depth == kMaxSequentials) {  // one may end in itself
-      return v.reject("too many Sequentials are nested");
+  const auto add = [&](const BodyPart& part, const char* whose) {
+    if (body == nullptr) {
+      return v.reject(std::string("the model is more than one nn.Linear: ") +
+                      Py_TYPE(last)->tp_name + whose);
+    }
+    body->push_back(part);
+    return true;
+  };
+  for (int depth = 0; Py_TYPE(last) != o.linear.type; ++depth) {
+    if (depth == kMaxDepth) return v.reject("too many modules are nested");
+    if (Py_TYPE(last) != o.sequential.type) {
+      LastCall call;
+      if (!read_last_call(last, v, watch, call)) return false;
+      if (call.code != nullptr && !add({last, call}, "'s forward does more than to call it"))
+        return false;
+      last = call.module;
+      continue;
     }
     const py::object dict = dict_of(last);
     if (!check_module(last, dict.ptr(), o.sequential, "a Sequential", v, watch)) return false;
     PyObject* const modules = modules_of(dict.ptr(), watch);
-    if (modules == nullptr || PyDict_GET_SIZE(modules) == 0)
+    if (modules == nullptr || PyDict_GET_SIZE(modules) == 0) {
       return v.reject("a Sequential is empty");
-    Py_ssize_t position = 0, left = PyDict_GET_SIZE(modules);
-    while (PyDict_Next(modules, &position, nullptr, &last) != 0) {
-      if (--left > 0) body.push_back(last);
     }
-  }
-  if (Py_TYPE(last) != o.linear.type) {
-    return v.reject(std::string("the model does not end in nn.Linear itself but in ") +
-                    Py_TYPE(last)->tp_name +
-                    " (a Sequential's last module is looked at, no other's)");
+    Py_ssize_t position = 0, left = PyDict_GET_SIZE(modules);
+    PyObject* module = nullptr;
+    while (PyDict_Next(modules, &position, nullptr, &module) != 0) {
+      if (--left > 0 && !add({module, {}}, " of several modules")) return false;
+    }
+    last = module;
   }
   return read_layer(last, v, watch, reading);
+}
+
+// The layer of a LinearMSELoss, which is the model.
+bool read_layer_of_loss(PyObject* model, Verdict& v, Watch& watch, LinearModel& reading) {
+  const PythonObjects& o = python_objects();
+  if (Py_TYPE(model) != o.linear_mse_loss.type) {
+    return v.reject(std::string("the model is ") + Py_TYPE(model)->tp_name +
+                    ", not LinearMSELoss itself");
+  }
+  const py::object dict = dict_of(model);
+  if (!check_module(model, dict.ptr(), o.linear_mse_loss, "the model", v, watch)) return false;
+  PyObject* const modules = modules_of(dict.ptr(), watch);
+  PyObject* const linear = modules != nullptr ? get_item(modules, o.names.linear) : nullptr;
+  // An attribute of that name would hide it.
+  if (linear == nullptr || Py_TYPE(linear) != o.linear.type || PyDict_GET_SIZE(modules) != 1 ||
+      get_item(dict.ptr(), o.names.linear) != nullptr) {
+    return v.reject("the model's only module is not its nn.Linear");
+  }
+  return read_layer(linear, v, watch, reading);
+}
+
+}  // namespace
+
+bool read_only_layer(PyObject* model, PyObject* loss, Verdict& v, Watch& watch,
+                     LinearModel& reading) {
+  if (!check_functional(v, watch)) return false;
+  if (loss == Py_None) return read_layer_of_loss(model, v, watch, reading);
+  return read_way_to_layer(model, v, watch, reading, nullptr);
+}
+
+bool read_last_layer(PyObject* model, Verdict& v, Watch& watch, LinearModel& reading,
+                     std::vector<BodyPart>& body) {
+  return check_functional(v, watch) && read_way_to_layer(model, v, watch, reading, &body);
 }
 
 bool read_loss(PyObject* loss, PyObject* model, Verdict& v, Watch& watch, LinearModel& reading) {

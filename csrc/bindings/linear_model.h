@@ -7,6 +7,7 @@
 
 #include <vector>
 
+#include "bindings/module_call.h"
 #include "bindings/verdict.h"
 #include "bindings/watch.h"
 #include "core/params.h"
@@ -22,18 +23,26 @@ struct LinearModel {
   bool may_be_kept = true;  // false: a value in it may change unseen (a partial's keywords)
 };
 
+// What a model calls before its last layer. References are borrowed.
+struct BodyPart {
+  PyObject* module = nullptr;
+  LastCall last;  // of the module's forward(), which is run without it; none: the module is called
+};
+
 // Each notes in `watch` what it came from, and is false once the verdict needs no more, or where
 // there is nothing further to read.
 
-// A model that is one nn.Linear: itself, in a Sequential of just one, or, where `loss` is None and
-// the model gives the loss itself, in a LinearMSELoss.
+// A model that is one nn.Linear: itself, in a Sequential of just one, or of a class whose forward()
+// calls nothing else; or, where `loss` is None and the model gives the loss itself, in a
+// LinearMSELoss.
 bool read_only_layer(PyObject* model, PyObject* loss, Verdict& verdict, Watch& watch,
                      LinearModel& reading);
 
-// A model that ends in nn.Linear: itself, or the last module of a Sequential, or of a Sequential
-// that is the last module. `body` are the modules before it, in the order of their calls.
+// A model that ends in nn.Linear: itself, or the last module of a Sequential, or the one that a
+// forward() of the user's own calls last; or where such a module does. `body` is what comes before
+// it, in the order of the calls.
 bool read_last_layer(PyObject* model, Verdict& verdict, Watch& watch, LinearModel& reading,
-                     std::vector<PyObject*>& body);
+                     std::vector<BodyPart>& body);
 
 // nn.MSELoss, F.mse_loss or a partial of it; None for that of a LinearMSELoss, whose layer
 // read_only_layer() has found.

@@ -21,6 +21,9 @@ Names make_names() {
           interned("_call_impl"),
           interned("_wrapped_call_impl"),
           interned("_compiled_call_impl"),
+          interned("__getattr__"),
+          interned("__getattribute__"),
+          interned("__dict__"),
           interned("_forward_hooks"),
           interned("_forward_pre_hooks"),
           interned("_backward_hooks"),
@@ -92,6 +95,10 @@ PythonObjects import_objects() {
   const py::object sgd = import_module("torch.optim").attr("SGD");
   PythonObjects o{};
   o.names = make_names();
+  o.module = make_module_class(nn.attr("Module"), o.names);
+  o.module_getattr = class_attribute(o.module.type, o.names.getattr);
+  o.module_getattribute = class_attribute(o.module.type, o.names.getattribute);
+  o.module_dict = class_attribute(o.module.type, o.names.dict);
   o.linear = make_module_class(nn.attr("Linear"), o.names);
   o.sequential = make_module_class(nn.attr("Sequential"), o.names);
   o.mse_loss = make_module_class(nn.attr("MSELoss"), o.names);
@@ -111,6 +118,7 @@ PythonObjects import_objects() {
   const py::object stock = import_module("fused_step._stock");
   o.is_stock_sgd_step = keep(stock.attr("is_stock_sgd_step"));
   o.is_stock_init_group = keep(stock.attr("is_stock_init_group"));
+  o.read_forward = keep(import_module("fused_step._forward").attr("read_forward"));
   return o;
 }
 

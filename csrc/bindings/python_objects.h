@@ -11,6 +11,7 @@ namespace fused_step {
 // Attribute names and dictionary keys, interned: a lookup is then a pointer comparison.
 struct Names {
   PyObject *forward, *call, *call_impl, *wrapped_call_impl, *compiled_call_impl;
+  PyObject *getattr, *getattribute, *dict;
   PyObject *forward_hooks, *forward_pre_hooks, *backward_hooks, *backward_pre_hooks;
   PyObject *parameters, *modules, *weight, *bias, *reduction, *mean, *sum;
   PyObject *param_groups, *state, *step, *zero_grad, *init_group;
@@ -32,7 +33,9 @@ struct ModuleClass {
 
 struct PythonObjects {
   Names names;
-  ModuleClass linear, sequential, mse_loss;
+  ModuleClass module, linear, sequential, mse_loss;
+  // nn.Module's own way to find an attribute.
+  PyObject *module_getattr, *module_getattribute, *module_dict;
   // fused_step.LinearMSELoss; its type is null until set_linear_mse_loss() was called.
   ModuleClass linear_mse_loss;
   PyTypeObject *sgd, *parameter, *partial;
@@ -44,6 +47,7 @@ struct PythonObjects {
   PyObject *global_module_hooks[4], *global_optimizer_hooks[2];
   // bool is_stock_...(function): see fused_step/_stock.py.
   PyObject *is_stock_sgd_step, *is_stock_init_group;
+  PyObject* read_forward;  // of fused_step/_forward.py
 };
 
 // Imports torch's modules on first use. Needs the GIL.

@@ -48,6 +48,10 @@ class Watch {
       entries_.push_back({Kind::kDict, nullptr, dict, dict_version(dict)});
     }
   }
+  // A Python function's code, which must be kept alive.
+  void code(PyObject* function) {
+    entries_.push_back({Kind::kCode, function, PyFunction_GET_CODE(function), 0});
+  }
   // A list and what it holds, by identity.
   void list(PyObject* list) {
     const Py_ssize_t size = PyList_GET_SIZE(list);
@@ -67,7 +71,7 @@ class Watch {
   }
 
  private:
-  enum class Kind : int8_t { kRoot, kType, kDict, kListSize, kListItem };
+  enum class Kind : int8_t { kRoot, kType, kDict, kCode, kListSize, kListItem };
 
   struct Entry {
     Kind kind;
@@ -87,6 +91,8 @@ class Watch {
         case Kind::kType:
           return reinterpret_cast<PyObject*>(Py_TYPE(owner)) == object &&
                  Py_TYPE(owner)->tp_version_tag == number && number != 0;
+        case Kind::kCode:
+          return PyFunction_GET_CODE(owner) == object;
         case Kind::kListSize:
           return PyList_GET_SIZE(owner) == static_cast<Py_ssize_t>(number);
         case Kind::kListItem:

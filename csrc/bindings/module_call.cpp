@@ -1,0 +1,133 @@
+// SPDX-License-Identifier: MIT
+#include "bindings/module_call.h"
+
+#include <pybind11/cast.h>
+
+#include <string>
+#include <unordered_map>
+
+namespace fused_step {
+
+namespace py = pybind11;
+
+namespace {
+
+// Whether it is a class of modules whose attributes are found as nn.Module finds them.
+bool finds_attributes_as_module(PyTypeObject* type) {
+  const PythonObjects& o = python_objects();
+  const Names& n = o.names;
+  return PyType_IsSubtype(type, o.module.type) != 0 &&
+         _PyType_Lookup(type, n.getattr) == o.module_getattr &&
+         _PyType_Lookup(type, n.getattribute) == o.module_getattribute &&
+         _PyType_Lookup(type, n.dict) == o.module_dict;
+}
+
+// A class that is called as nn.Module is, with the forward that it has now.
+ModuleClass class_with_forward(PyTypeObject* type) {
+  const PythonObjects& o = python_objects();
+  ModuleClass own = o.module;
+  own.type = type;
+  own.forward = _PyType_Lookup(type, o.names.forward);
+  return own;
+}
+
+// What read_forward() says of a function, found by its code. Both are kept: the code, so that its
+// address means nothing else later.
+PyObject* forward_of(PyObject* function) {
+  static std::unordered_map<PyObject*, PyObject*> known;
+  PyObject* const code = PyFunction_GET_CODE(function);
+  const auto found = known.find(code);
+  if (found != known.end()) return found->second;
+  py::object forward = py::handle(python_objects().read_forward)(py::handle(function));
+  Py_INCREF(code);
+  return known.emplace(code, forward.release().ptr()).first->second;
+}
+
+// The module that `name` is as an attribute of `owner`, null where it is something else.
+PyObject* module_named(PyObject* owner, PyObject* name, Watch& watch) {
+  PyTypeObject* const type = Py_TYPE(owner);
+  if (!finds_attributes_as_module(type) || _PyType_Lookup(type, name) != nullptr) return nullptr;
+  const py::object dict = dict_of(owner);
+  watch.root(owner, dict.ptr());
+  PyObject* const modules = modules_of(dict.ptr(), watch);
+  if (modules == nullptr || get_item(dict.ptr(), name) != nullptr) return nullptr;
+  PyObject* const module = get_item(modules, name);
+  return module != Py_None ? module : nullptr;
+}
+
+}  // namespace
+
+bool check_module(PyObject* module, PyObject* dict, const ModuleClass& module_class,
+                  const char* name, Verdict& v, Watch& watch) {
+  const Names& n = python_objects().names;
+  watch.root(module, dict);
+  if (v.against(!module_class.is_as_imported(n), name, ": its class has been changed"))
+    return false;
+  if (v.against(get_item(dict, n.forward) != nullptr, name, " has a forward of its own"))
+    return false;
+  if (v.against(get_item(dict, n.call_impl) != nullptr, name, " has a _call_impl of its own"))
+    return false;
+  PyObject* const compiled = get_item(dict, n.compiled_call_impl);
+  if (v.against(compiled != nullptr && compiled != Py_None, name, " is compiled")) return false;
+  bool has_hooks = false;
+  for (PyObject* key :
+       {n.forward_hooks, n.forward_pre_hooks, n.backward_hooks, n.backward_pre_hooks}) {
+    PyObject* const hooks = get_item(dict, key);
+    watch.dict(hooks);
+    has_hooks |= !is_empty_dict(hooks);
+  }
+  return !v.against(has_hooks, name, " has hooks");
+}
+
+PyObject* modules_of(PyObject* dict, Watch& watch) {
+  PyObject* const modules = get_item(dict, python_objects().names.modules);
+  watch.dict(modules);
+  return modules != nullptr && PyDict_Check(modules) ? modules : nullptr;
+}
+
+bool read_last_call(PyObject* module, Verdict& v, Watch& watch, LastCall& call) {
+  const PythonObjects& o = python_objects();
+  PyTypeObject* const type = Py_TYPE(module);
+  const auto reject = [&](const std::string& why) {
+    return v.reject(std::string("the model does not end in nn.Linear itself but in ") +
+                    type->tp_name + ", whose " + why);
+  };
+  const ModuleClass own = class_with_forward(type);
+  if (!finds_attributes_as_module(type) || !own.is_as_imported(o.names) ||
+      _PyType_Lookup(type, o.names.compiled_call_impl) != Py_None) {
+    return reject("calls or attributes are not those of nn.Module");
+  }
+  if (own.forward == nullptr || !PyFunction_Check(own.forward)) {
+    return reject("forward is not a function of the class");
+  }
+  const py::object dict = dict_of(module);
+  if (!check_module(module, dict.ptr(), own, type->tp_name, v, watch)) return false;
+  const py::handle forward = forward_of(own.forward);
+  watch.code(own.forward);
+  if (PyUnicode_Check(forward.ptr())) return reject("forward " + forward.cast<std::string>());
+  PyObject* const path = PyTuple_GET_ITEM(forward.ptr(), 0);
+  PyObject* const code = PyTuple_GET_ITEM(forward.ptr(), 1);
+  PyObject* last = module;
+  for (Py_ssize_t k = 0; k < PyTuple_GET_SIZE(path); ++k) {
+    last = module_named(last, PyTuple_GET_ITEM(path, k), watch);
+    if (last == nullptr) return reject("forward does not end in a call of one of its modules");
+  }
+  call = {last, own.forward, code != Py_None ? code : nullptr};
+  return true;
+}
+
+PyObject* method_before(const LastCall& call, PyObject* self) {
+  const auto steal = [](PyObject* object) {
+    if (object == nullptr) throw py::error_already_set();
+    return py::reinterpret_steal<py::object>(object);
+  };
+  const py::object function =
+      steal(PyFunction_New(call.code, PyFunction_GET_GLOBALS(call.forward)));
+  PyObject* const closure = PyFunction_GET_CLOSURE(call.forward);
+  if (closure != nullptr && PyFunction_SetClosure(function.ptr(), closure) != 0) {
+    throw py::error_already_set();
+  }
+  return steal(PyMethod_New(function.ptr(), self)).release().ptr();
+}
+
+}  // namespace fused_step
