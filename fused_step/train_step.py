@@ -33,7 +33,9 @@ class TrainStep:
         optimizer.zero_grad()
 
     Args:
-        model: any ``nn.Module``.
+        model: any ``nn.Module``. More than SGD's update is fused for an ``nn.Linear``, for an
+            ``nn.Sequential`` that ends in one, and for a class whose ``forward`` ends in
+            ``return self.layer(...)``.
         loss_function: ``loss_function(output, target)`` returning a 0-dim tensor. None for a model
             whose ``model(input, target)`` is the loss, as :class:`fused_step.LinearMSELoss` is.
         optimizer: an optimizer over the model's parameters.

@@ -16,7 +16,7 @@ import bench_optim
 import bench_sweep
 import pytest
 from harness import page, readme, results, tables
-from test_readme import SNIPPET
+from test_readme import run_snippets
 
 ROOT = Path(__file__).resolve().parents[1]
 BENCHMARKS = ROOT / "benchmarks"
@@ -73,11 +73,7 @@ def test_figures_of_the_page_are_those_of_the_committed_results_and_counts():
 
 @pytest.mark.parametrize("page", [p.name for p in sorted((ROOT / "docs").glob("*.md"))])
 def test_snippets_of_a_page_run_in_order(page):
-    text = (ROOT / "docs" / page).read_text()
-    namespace: dict[str, object] = {"__name__": page}
-    for snippet in SNIPPET.finditer(text):
-        before = text.count("\n", 0, snippet.start(1))
-        exec(compile("\n" * before + snippet[1], page, "exec"), namespace)
+    run_snippets(ROOT / "docs" / page)
 
 
 def test_tests_that_a_page_names_are_there():

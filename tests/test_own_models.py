@@ -22,6 +22,7 @@ import fused_step
 
 B, I, HIDDEN, O = 40, 6, 9, 3
 FACTOR = 0.5
+NO_OPTIONS: dict[str, Tensor] = {}
 OF_LAYER = ("tiny", "one-pass")
 HEAD = ("head",)
 LOWER = ("optimizer",)
@@ -280,7 +281,7 @@ class Keyword(Layer):
 
 class Keywords(Layer):
     def forward(self, x):
-        return self.last(x, **{})
+        return self.last(x, **NO_OPTIONS)
 
 
 class Starred(Layer):

@@ -64,7 +64,8 @@ CHOICES = with_seed(
     Choice("needs_grad", (None,), ("input", "target", "both", "input not a leaf")),
     Choice("frozen", (None,), ("weight", "bias", "both")),
     Choice("grad", (None,), ("weight", "bias", "zeros")),
-    Choice("model", ("linear", "sequential", "loss module", "frozen body", "trained body"), (
+    Choice("model", ("linear", "sequential", "loss module", "frozen body", "trained body",
+                     "own class", "own frozen body", "own trained body"), (
         "subclass", "network", "forward hook", "forward", "parameter hook", "accumulate hook")),
     Choice("loss", ("module", "function", "partial"), ("l1", "lambda", "hook")),
     Choice("optimizer", ("torch", "fused"), ("adam", "subclass", "step hook", "foreach")),
@@ -103,6 +104,29 @@ class Scale(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         return input * self.factor  # a scalar, which leaves the input its dtype
+
+
+class Regression(nn.Module):
+    """A layer by itself, in a class of one's own."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.linear = linear
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.linear(input)
+
+
+class ScaledRegression(nn.Module):
+    """The same with something before it."""
+
+    def __init__(self, is_trained: bool, linear: nn.Linear) -> None:
+        super().__init__()
+        self.scale, self.linear = Scale(is_trained), linear
+
+    def forward(self, input: Tensor) -> Tensor:
+        output = self.linear(self.scale(input))
+        return output
 
 
 def _same(t: Tensor) -> Tensor:
@@ -242,6 +266,9 @@ class World:
                 "sequential": nn.Sequential,
                 "network": Network,
                 "frozen body": lambda linear: nn.Sequential(Scale(False), linear),
+                "own class": Regression,
+                "own frozen body": functools.partial(ScaledRegression, False),
+                "own trained body": functools.partial(ScaledRegression, True),
                 "trained body": lambda linear: nn.Sequential(Scale(True), linear),
             }.get(case["model"], lambda linear: linear)(linear)
         frozen = case["frozen"]
