@@ -320,6 +320,11 @@ class KeptInput(Layer):
         return x
 
 
+def hide(owner: nn.Module) -> None:
+    """Puts something else in front of the layer that the owner has."""
+    owner.__dict__["last"] = nn.Sequential(owner._modules["last"], nn.Tanh())
+
+
 class OfMethod(Layer):
     def head(self, x):
         return self.last(x) + 1
@@ -354,14 +359,22 @@ class OfInstance(Layer):
         return self.end(self.last(x))
 
 
-class Shadowed(Layer):
+class HiddenByInstance(Layer):
     def __init__(self) -> None:
         super().__init__()
-        self.__dict__["last"] = nn.Identity()
-        self._modules["net"] = nn.Linear(I, O)
+        hide(self)
 
     def forward(self, x):
-        return self.last(self.net(x))
+        return self.last(x)
+
+
+class HiddenByClass(Layer):
+    @property
+    def last(self):
+        return lambda x: self._modules["last"](x) + 1
+
+    def forward(self, x):
+        return self.last(x)
 
 
 class Getattr(Layer):
@@ -433,7 +446,8 @@ NOT_READ = [
     OfProperty,
     Mangled,
     OfInstance,
-    Shadowed,
+    HiddenByInstance,
+    HiddenByClass,
     Getattr,
     Getattribute,
     Called,
@@ -609,6 +623,12 @@ def test_module_that_is_replaced_is_called(kind, is_linear):
         owner.last = copy.deepcopy(new).to(DEVICE)
 
     alike(made(kind), change)
+
+
+@pytest.mark.parametrize("kind", [Returned, Nested, ByPath])
+def test_layer_that_is_hidden_later_is_not_called(kind):
+    step = alike(made(kind), lambda model: hide(model.net if kind is ByPath else model))
+    assert step.plan in LOWER
 
 
 class Swapping(Layers):
