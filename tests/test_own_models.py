@@ -476,13 +476,13 @@ def made(kind: type[nn.Module]) -> nn.Module:
 
 
 def assert_trains_like_plain(model: nn.Module, plans: tuple[str, ...], change=None) -> None:
-    """Some steps against the five lines on a copy; `change` is made to both after the second."""
+    """Some steps against the five lines on a copy; `change` is made to both after the third."""
     other = copy.deepcopy(model)
     ours, theirs = sgd(model), sgd(other)
     x, t = batch()
     step = fused_step.TrainStep(model, nn.MSELoss(), ours)
-    for number in range(4):
-        if change is not None and number == 2:
+    for number in range(5):
+        if change is not None and number == 3:
             change(model)
             change(other)
         torch.manual_seed(number)
@@ -591,13 +591,14 @@ def test_code_put_into_forward_is_run(monkeypatch, code):
 
 
 def alike(model: nn.Module, change, steps: int = 3) -> fused_step.TrainStep:
-    """A step, `change` made to the model, and more steps: against the five lines, gradients too."""
+    """Steps, `change` made to the model, and more steps: against the five lines, gradients too."""
     other = copy.deepcopy(model)
     ours, theirs = sgd(model), sgd(other)
     x, t = batch()
     step = fused_step.TrainStep(model, nn.MSELoss(), ours)
-    for number in range(1 + steps):
-        if number == 1:
+    # The second step is read as the first one was: the momentum buffers were new in that.
+    for number in range(3 + steps):
+        if number == 3:
             change(model)
             change(other)
         expected = plain_step(other, nn.MSELoss(), theirs, x, t)
