@@ -11,6 +11,7 @@ import __future__
 import ast
 import inspect
 import linecache
+import warnings
 from collections.abc import Iterator
 from types import CodeType, FunctionType
 
@@ -41,7 +42,9 @@ def read_forward(function: FunctionType) -> tuple[tuple[str, ...], CodeType | No
     linecache.checkcache(code.co_filename)
     source = "".join(linecache.getlines(code.co_filename, function.__globals__))
     try:
-        return _read(code, ast.parse(source))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # those of the source were given when it was imported
+            return _read(code, ast.parse(source))
     except (SyntaxError, ValueError, RecursionError):
         return _NO_SOURCE
 

@@ -782,6 +782,14 @@ def test_source_in_a_file_is_read(tmp_path):
     assert_trains_like_plain(made(imported(path)), HEAD)
 
 
+def test_warnings_of_the_source_are_not_given_again(tmp_path):
+    path = tmp_path / "net.py"
+    path.write_text(SOURCE + "\nassert 1 is 1, '\\d'\n")
+    with pytest.warns(match="invalid escape|is. with"):
+        kind = imported(path)
+    assert_trains_like_plain(made(kind), HEAD)  # a warning is an error here
+
+
 @pytest.mark.parametrize(
     "change",
     [
