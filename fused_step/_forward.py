@@ -12,9 +12,25 @@ import ast
 import inspect
 import linecache
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from operator import methodcaller
 from types import CodeType, FunctionType
+from typing import Any
 
+Step = ast.Return | ast.Assign | ast.AnnAssign
+Flatten = tuple[str, Callable[[Any], Any]]
+
+# What may be done to the result [*, 1] of the last call; see csrc/bindings/flattening.h.
+_FLATTENINGS: dict[str, Flatten] = {
+    "squeeze(-1)": ("last", methodcaller("squeeze", -1)),
+    "squeeze(1)": ("of two", methodcaller("squeeze", 1)),
+    "flatten()": ("of two", methodcaller("flatten")),
+    "flatten(0)": ("of two", methodcaller("flatten", 0)),
+    "view(-1)": ("of two", methodcaller("view", -1)),
+    "reshape(-1)": ("of two", methodcaller("reshape", -1)),
+    "squeeze()": ("all ones", methodcaller("squeeze")),
+}
 _NO_PLAIN_CALL = (
     inspect.CO_VARARGS
     | inspect.CO_VARKEYWORDS
@@ -25,16 +41,17 @@ _NO_PLAIN_CALL = (
 _FUTURES = [getattr(__future__, name).compiler_flag for name in __future__.all_feature_names]
 _NO_SOURCE = "has no source at hand that compiles to it"
 
-Step = ast.Return | ast.Assign | ast.AnnAssign
 
-
-def read_forward(function: FunctionType) -> tuple[tuple[str, ...], CodeType | None] | str:
+def read_forward(
+    function: FunctionType,
+) -> tuple[tuple[str, ...], CodeType | None, Flatten | None] | str:
     """What `function`, the forward() of a class, does last; or why that cannot be told.
 
     Returns:
         The names by which it comes from self to the module that it calls last, whose result it
-        returns; and its code without that call, which returns the module and the argument instead.
-        None in place of the code where that argument is forward()'s own and nothing else is done.
+        returns. Its code without that call, which returns the module and the argument instead; None
+        where that argument is forward()'s own and nothing else is done. How it flattens the result,
+        and a callable that does so; None where it does not.
     """
     code = function.__code__
     if code.co_argcount != 2 or code.co_kwonlyargcount or code.co_flags & _NO_PLAIN_CALL:
@@ -49,23 +66,28 @@ def read_forward(function: FunctionType) -> tuple[tuple[str, ...], CodeType | No
         return _NO_SOURCE
 
 
-def _read(code: CodeType, tree: ast.Module) -> tuple[tuple[str, ...], CodeType | None] | str:
+def _read(
+    code: CodeType, tree: ast.Module
+) -> tuple[tuple[str, ...], CodeType | None, Flatten | None] | str:
     definition = _definition(code, tree)
     if definition is None:
         return _NO_SOURCE
-    step = _last_step(definition, code)
-    call = None if step is None else step.value
-    path = _path(call.func, code) if isinstance(call, ast.Call) else ()
-    if step is None or not isinstance(call, ast.Call) or not path:
+    last = _last_call(definition, code)
+    if last is None:
         return "does not end in `return self.layer(...)`, its only return"
     if _codes_like(code, tree) != [code]:
         return _NO_SOURCE
-    before = definition.body[: definition.body.index(step)]
-    if all(map(_is_docstring, before)) and _is_argument(call.args[0], 1, code):
-        return path, None
-    step.value = ast.copy_location(ast.Tuple([call.func, call.args[0]], ast.Load()), call)
+    before = definition.body[: definition.body.index(last.step)]
+    (argument,) = last.call.args
+    if all(map(_is_docstring, before)) and _is_argument(argument, 1, code):
+        return last.path, None, last.flatten
+    if last.flattened is not None:
+        step, value = last.flattened
+        step.value = value
+    pair = ast.Tuple([last.call.func, argument], ast.Load())
+    last.step.value = ast.copy_location(pair, last.call)
     (without_call,) = _codes_like(code, tree)
-    return path, without_call
+    return last.path, without_call, last.flatten
 
 
 def _definition(code: CodeType, tree: ast.Module) -> ast.FunctionDef | None:
@@ -93,21 +115,42 @@ def _codes_like(code: CodeType, tree: ast.Module) -> list[CodeType]:
     return [c for c in within(module) if (c.co_name, c.co_firstlineno) == place]
 
 
-def _last_step(definition: ast.FunctionDef, code: CodeType) -> Step | None:
-    """The statement whose value, a call of one argument, is what the function returns."""
-    end = definition.body[-1]
-    if not isinstance(end, ast.Return) or list(_returns(definition)) != [end]:
+@dataclass(frozen=True)
+class _LastCall:
+    """A call of one argument; the function returns nothing but its result, flattened or not."""
+
+    step: Step  # whose value the call is, or is made of
+    call: ast.Call
+    path: tuple[str, ...]
+    flatten: Flatten | None
+    flattened: tuple[Step, ast.expr] | None  # the statement that does that, and what it flattens
+
+
+def _last_call(definition: ast.FunctionDef, code: CodeType) -> _LastCall | None:
+    """Followed back from the end, through names of the function's own."""
+    step: ast.stmt | None = definition.body[-1]
+    if not isinstance(step, ast.Return) or list(_returns(definition)) != [step]:
         return None
-    step: ast.stmt = end
-    if isinstance(end.value, ast.Name) and len(definition.body) > 1:  # result = ...; return result
-        step = definition.body[-2]
-        if not _assigns_only(step, end.value.id) or not _is_local(end.value.id, code):
+    flatten: Flatten | None = None
+    flattened: tuple[Step, ast.expr] | None = None
+    result: str | None = None  # the name that has it after `step`
+    for step in reversed(definition.body):
+        if not isinstance(step, Step) or (result is not None and not _assigns_only(step, result)):
             return None
-    if not isinstance(step, Step):
-        return None
-    match step.value:
-        case ast.Call(args=[argument], keywords=[]) if not isinstance(argument, ast.Starred):
-            return step
+        value = step.value
+        match value:
+            case ast.Call(func=ast.Attribute(value=receiver, attr=name), args=numbers, keywords=[]):
+                method = f"{name}({', '.join(map(ast.unparse, numbers))})"
+                if flatten is None and method in _FLATTENINGS:
+                    flatten, flattened, value = _FLATTENINGS[method], (step, receiver), receiver
+        match value:
+            case ast.Name(id=name) if _is_local(name, code):
+                result = name
+            case ast.Call(args=[argument], keywords=[]) if not isinstance(argument, ast.Starred):
+                path = _path(value.func, code)
+                return _LastCall(step, value, path, flatten, flattened) if path else None
+            case _:
+                return None
     return None
 
 

@@ -19,6 +19,8 @@ _IS_COMPILED = _C.serves(torch.device("cpu"))
 _OF_ENGINES = ("_fused", "_fused_step", "_head", "_update", "_loop_plan")
 
 LossFunction = Callable[[Tensor, Tensor], Tensor]
+_Call = Callable[[Any], Any]
+_BodyPart = tuple[_Call, nn.Module | None, _Call | None]  # see csrc/bindings/head_step.h
 
 
 class TrainStep:
@@ -185,20 +187,23 @@ class TrainStep:
 
     def _step_by_calls(
         self,
-        body: tuple[tuple[Callable[[Any], Any], nn.Module | None], ...],
+        body: tuple[_BodyPart, ...],
         linear: nn.Module,
+        flatten: _Call | None,
         input: Tensor,
         target: Tensor,
     ) -> Tensor:
-        """The same for a model that makes these calls one after the other, then that of a layer."""
+        """The same for a model that makes these calls one after the other, then that of a layer.
+
+        Its result may be flattened after that.
+        """
         hidden: Any = input
-        for call, expected in body:
+        for call, expected, flatten_called in body:
             hidden = call(hidden)
             if expected is not None:  # a forward() without its last call: what it would call
                 called, hidden = hidden
                 if called is not expected:  # replaced by what it did before
-                    output = called(hidden)
-                    return self._last_lines(self._loss_function(output, target))  # type: ignore[misc]
+                    return self._last_lines(self._loss_of(called(hidden), flatten_called, target))
         loss = self._head.step(hidden, target)
         if loss is not None:  # the rest of the step was done with it
             self._loop_plan = "head"
@@ -207,9 +212,13 @@ class TrainStep:
         if loss is not None:
             self._loop_plan = "head"
         else:
-            output = linear(hidden)
-            loss = self._loss_function(output, target)  # type: ignore[misc]
+            loss = self._loss_of(linear(hidden), flatten, target)
         return self._last_lines(loss)
+
+    def _loss_of(self, output: Any, flatten: _Call | None, target: Tensor) -> Tensor:
+        if flatten is not None:
+            output = flatten(output)
+        return self._loss_function(output, target)  # type: ignore[misc]
 
     def _last_lines(self, loss: Tensor) -> Tensor:
         loss.backward()  # type: ignore[no-untyped-call]  # without annotations

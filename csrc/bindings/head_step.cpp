@@ -99,15 +99,27 @@ bool HeadStep::check(PyObject* hidden, PyObject* target, Verdict& v) const {
   }
   if (!v.applies()) return false;
   // Before the model has run, what is known of its output.
-  if (v.against(hidden == nullptr &&
+  if (v.against(hidden == nullptr && model.flattening == Flattening::kNone &&
                     (tensor_of(target).dim() == 0 || tensor_of(target).size(-1) != weight.size(0)),
                 "target is not [*, O], as the model's output is")) {
     return false;
   }
+  if (hidden == nullptr) return true;
+  const at::Tensor rows = target_of(tensor_of(hidden), tensor_of(target));
+  if (!rows.defined()) return v.reject(kNotFlattened);
   return !v.against(
-      hidden != nullptr && !has_output_shape(tensor_of(hidden), tensor_of(target), weight),
+      !has_output_shape(tensor_of(hidden), rows, weight),
       "the last layer's input and target are not [*, I] and [*, O] with the same leading "
       "dimensions");
+}
+
+// [*, O], as the layer's output is; undefined where the target is not what the model makes of that.
+at::Tensor HeadStep::target_of(const at::Tensor& hidden, const at::Tensor& target) const {
+  const LinearModel& model = reading_.model;
+  if (model.flattening == Flattening::kNone) return target;
+  const at::Tensor& weight = tensor_of(model.weight);
+  if (weight.dim() != 2) return {};
+  return unflattened(target, hidden.sizes(), weight.size(0), model.flattening);
 }
 
 // After the body, which may have changed what there is to read.
@@ -121,18 +133,21 @@ py::object HeadStep::calls() {
   Verdict verdict(nullptr);
   if (!read(verdict)) return py::none();
   PyObject* const linear = reading_.model.linear;
+  const auto or_none = [](PyObject* object) {
+    return object != nullptr ? py::reinterpret_borrow<py::object>(object) : py::none();
+  };
   py::tuple body(reading_.body.size());
   called_ = nullptr;
   for (size_t k = 0; k < reading_.body.size(); ++k) {
     const BodyPart& part = reading_.body[k];
-    const bool is_module = part.last.module == nullptr;
+    PyObject* const last = part.last.module;
     body[k] = py::make_tuple(
-        is_module ? py::reinterpret_borrow<py::object>(part.module)
-                  : py::reinterpret_steal<py::object>(method_before(part.last, part.module)),
-        is_module ? py::none() : py::reinterpret_borrow<py::object>(part.last.module));
-    called_ = part.last.module == linear ? linear : nullptr;
+        last == nullptr ? or_none(part.module)
+                        : py::reinterpret_steal<py::object>(method_before(part.last, part.module)),
+        or_none(last), or_none(part.flatten));
+    called_ = last == linear ? linear : nullptr;
   }
-  return py::make_tuple(body, py::handle(linear));
+  return py::make_tuple(body, py::handle(linear), or_none(reading_.model.flatten));
 }
 
 py::object HeadStep::step(py::handle hidden, py::handle target) {
@@ -146,7 +161,11 @@ py::object HeadStep::step(py::handle hidden, py::handle target) {
   const bool is_known = layer_.has_value() && layer_of_ == linear;
   layer_of_ = linear;
   LinearStep& layer = is_known ? *layer_ : layer_.emplace(linear, loss_function_, optimizer_);
-  return layer.step(hidden, target);
+  if (reading_.model.flattening == Flattening::kNone) return layer.step(hidden, target);
+  if (!is_exact_tensor(target.ptr())) return py::none();
+  at::Tensor rows = target_of(tensor_of(hidden.ptr()), tensor_of(target.ptr()));
+  if (!rows.defined()) return py::none();
+  return layer.step(hidden, py::reinterpret_steal<py::object>(to_python(std::move(rows))));
 }
 
 py::object HeadStep::loss(py::handle hidden, py::handle target) {
@@ -155,6 +174,7 @@ py::object HeadStep::loss(py::handle hidden, py::handle target) {
   const LinearModel& model = reading_.model;
   // Copies: without the GIL another thread may take them out of the model.
   const at::Tensor input = tensor_of(hidden.ptr()), weight = tensor_of(model.weight);
+  const at::Tensor rows = target_of(input, tensor_of(target.ptr()));
   std::optional<at::Tensor> bias;
   if (model.bias != nullptr) bias = tensor_of(model.bias);
   const bool of_input = input.requires_grad(), of_weight = weight.requires_grad(),
@@ -166,7 +186,7 @@ py::object HeadStep::loss(py::handle hidden, py::handle target) {
     LinearMseResult result;
     {
       const at::AutoDispatchBelowADInplaceOrView below;
-      result = linear_mse(input, weight, bias, tensor_of(target.ptr()),
+      result = linear_mse(input, weight, bias, rows,
                           model.reduction == Reduction::kMean ? "mean" : "sum", of_input, of_weight,
                           of_bias, /*need_dy=*/false);
     }

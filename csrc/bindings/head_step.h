@@ -23,9 +23,10 @@ class HeadStep {
   HeadStep(pybind11::handle model, pybind11::handle loss_function, pybind11::handle optimizer)
       : model_(model), loss_function_(loss_function), optimizer_(optimizer) {}
 
-  // What a call of the model calls one after the other, and the last layer; None where the head is
-  // not fused. (call, None) of a module; (call, module) of a forward() without its last call, which
-  // gives the module that would be called and its argument.
+  // What a call of the model calls one after the other, then the last layer, then a callable for
+  // its output or None; None instead of all that where the head is not fused. (call, None) of a
+  // module; (call, module) of a forward() without its last call, which gives the module that would
+  // be called and its argument.
   pybind11::object calls();
 
   // `hidden` is what the calls before the last layer gave. The whole rest of the step, by a plan
@@ -50,6 +51,7 @@ class HeadStep {
   bool read(Verdict& verdict);
   bool read_again();
   bool check(PyObject* hidden, PyObject* target, Verdict& verdict) const;
+  at::Tensor target_of(const at::Tensor& hidden, const at::Tensor& target) const;
 
   pybind11::handle model_, loss_function_, optimizer_;
   Watch watch_;  // over what reading_ came from

@@ -45,6 +45,20 @@ bool read_layer(PyObject* linear, Verdict& v, Watch& watch, LinearModel& reading
   return true;
 }
 
+// Whether it is nn.Flatten(0) or nn.Flatten(0, 1).
+bool flattens_two(PyObject* module, Verdict& v, Watch& watch) {
+  const PythonObjects& o = python_objects();
+  if (Py_TYPE(module) != o.flatten.type) return false;
+  const py::object dict = dict_of(module);
+  PyObject* const first = get_item(dict.ptr(), o.names.start_dim);
+  PyObject* const last = get_item(dict.ptr(), o.names.end_dim);
+  const auto is = [](PyObject* number, long value) {
+    return number != nullptr && PyLong_CheckExact(number) && PyLong_AsLong(number) == value;
+  };
+  return check_module(module, dict.ptr(), o.flatten, "nn.Flatten", v, watch) && is(first, 0) &&
+         (is(last, -1) || is(last, 1));
+}
+
 // One may end in itself.
 constexpr int kMaxDepth = 100;
 
@@ -61,13 +75,22 @@ bool read_way_to_layer(PyObject* model, Verdict& v, Watch& watch, LinearModel& r
     body->push_back(part);
     return true;
   };
+  const auto flatten = [&](Flattening how, PyObject* callable) {
+    if (reading.flattening != Flattening::kNone) return v.reject("the model flattens twice");
+    reading.flattening = how;
+    reading.flatten = callable;
+    return true;
+  };
   for (int depth = 0; Py_TYPE(last) != o.linear.type; ++depth) {
     if (depth == kMaxDepth) return v.reject("too many modules are nested");
     if (Py_TYPE(last) != o.sequential.type) {
       LastCall call;
       if (!read_last_call(last, v, watch, call)) return false;
-      if (call.code != nullptr && !add({last, call}, "'s forward does more than to call it"))
+      if (call.flatten != nullptr && !flatten(call.flattening, call.flatten)) return false;
+      if (call.code != nullptr &&
+          !add({last, call, reading.flatten}, "'s forward does more than to call it")) {
         return false;
+      }
       last = call.module;
       continue;
     }
@@ -77,12 +100,17 @@ bool read_way_to_layer(PyObject* model, Verdict& v, Watch& watch, LinearModel& r
     if (modules == nullptr || PyDict_GET_SIZE(modules) == 0) {
       return v.reject("a Sequential is empty");
     }
-    Py_ssize_t position = 0, left = PyDict_GET_SIZE(modules);
-    PyObject* module = nullptr;
-    while (PyDict_Next(modules, &position, nullptr, &module) != 0) {
-      if (--left > 0 && !add({module, {}}, " of several modules")) return false;
+    const py::object inner = py::reinterpret_steal<py::object>(PyDict_Values(modules));
+    Py_ssize_t count = PyList_GET_SIZE(inner.ptr());
+    const auto module = [&](Py_ssize_t k) { return PyList_GET_ITEM(inner.ptr(), k); };
+    if (count > 1 && flattens_two(module(count - 1), v, watch)) {
+      --count;
+      if (!flatten(Flattening::kOfTwo, module(count))) return false;
     }
-    last = module;
+    for (Py_ssize_t k = 0; k + 1 < count; ++k) {
+      if (!add({module(k), {}, nullptr}, " of several modules")) return false;
+    }
+    last = module(count - 1);
   }
   return read_layer(last, v, watch, reading);
 }

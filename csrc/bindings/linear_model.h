@@ -7,6 +7,7 @@
 
 #include <vector>
 
+#include "bindings/flattening.h"
 #include "bindings/module_call.h"
 #include "bindings/verdict.h"
 #include "bindings/watch.h"
@@ -19,6 +20,9 @@ struct LinearModel {
   PyObject* linear = nullptr;
   PyObject* weight = nullptr;
   PyObject* bias = nullptr;  // null: the layer has none
+  // What the model does to the layer's output, and a callable that does it.
+  Flattening flattening = Flattening::kNone;
+  PyObject* flatten = nullptr;
   Reduction reduction = Reduction::kMean;
   bool may_be_kept = true;  // false: a value in it may change unseen (a partial's keywords)
 };
@@ -27,6 +31,7 @@ struct LinearModel {
 struct BodyPart {
   PyObject* module = nullptr;
   LastCall last;  // of the module's forward(), which is run without it; none: the module is called
+  PyObject* flatten = nullptr;  // what this module, or one around it, does to that call's result
 };
 
 // Each notes in `watch` what it came from, and is false once the verdict needs no more, or where
@@ -39,8 +44,8 @@ bool read_only_layer(PyObject* model, PyObject* loss, Verdict& verdict, Watch& w
                      LinearModel& reading);
 
 // A model that ends in nn.Linear: itself, or the last module of a Sequential, or the one that a
-// forward() of the user's own calls last; or where such a module does. `body` is what comes before
-// it, in the order of the calls.
+// forward() of the user's own calls last; or where such a module does. Its output may be flattened
+// after that. `body` is what comes before it, in the order of the calls.
 bool read_last_layer(PyObject* model, Verdict& verdict, Watch& watch, LinearModel& reading,
                      std::vector<BodyPart>& body);
 

@@ -157,6 +157,7 @@ bool LinearStep::read_objects(Verdict& v, Reading& reading) {
   reading.sgd.weight.object = layer.weight;
   reading.sgd.bias.object = layer.bias;
   reading.sgd.may_be_kept = layer.may_be_kept;
+  reading.flattening = layer.flattening;
   reading.reduction = layer.reduction;
   // Without a layer only the kind of optimizer can still be said.
   const PyTypeObject* const type = Py_TYPE(optimizer_.ptr());
@@ -209,8 +210,12 @@ bool LinearStep::check_batch(PyObject* input, PyObject* target, Verdict& v, Call
   if (!check_data("input", call.input, call.state.weight, call.autocast, v)) return false;
   if (!check_data("target", call.target, call.state.weight, call.autocast, v)) return false;
   if (!v.applies()) return false;  // what follows looks at memory
-  if (v.against(!has_suffix_shape(call.input, call.target, call.state.weight.size(1),
-                                  call.state.weight.size(0)),
+  const int64_t O = call.state.weight.size(0), I = call.state.weight.size(1);
+  if (call.reading.flattening != Flattening::kNone) {
+    call.target = unflattened(call.target, call.input.sizes(), O, call.reading.flattening);
+    if (!call.target.defined()) return v.reject(kNotFlattened);
+  }
+  if (v.against(!has_suffix_shape(call.input, call.target, I, O),
                 "input and target are not [*, I] and [*, O] with the same leading dimensions")) {
     return false;
   }
@@ -295,6 +300,8 @@ py::object LinearStep::run(py::handle inputs, py::handle targets, int64_t epochs
   if (!resolve(inputs.ptr(), targets.ptr(), verdict, call)) return py::none();
   // A 1-dim tensor has no rows to make batches of; no steps, no change.
   if (call.input.dim() < 2 || call.input.size(0) == 0 || epochs == 0) return py::none();
+  // Of a batch of one row nothing would be left.
+  if (call.reading.flattening == Flattening::kAllOnes) return py::none();
   const int64_t per_sample =
       call.input.numel() / std::max<int64_t>(1, call.input.size(0) * call.input.size(-1));
   const int64_t rows = std::min(batch_size, call.input.size(0)) * per_sample;

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "bindings/engines.h"
+#include "bindings/flattening.h"
 #include "bindings/linear_mse_sgd.h"
 #include "bindings/sgd_groups.h"
 #include "bindings/verdict.h"
@@ -48,6 +49,7 @@ class LinearStep {
   // What the model, the loss and the optimizer say: good for as long as none of them changes.
   struct Reading {
     SgdReading sgd;
+    Flattening flattening = Flattening::kNone;
     Reduction reduction = Reduction::kMean;
   };
 
@@ -57,7 +59,7 @@ class LinearStep {
     LinearSgdState state;
     bool autocast = false;  // is on for the weight's device
     at::Tensor input;
-    at::Tensor target;
+    at::Tensor target;                   // [*, O], also where the model flattens
     std::vector<NewBuffer> new_buffers;  // of a first step
   };
 

@@ -43,6 +43,12 @@ PyObject* forward_of(PyObject* function) {
   return known.emplace(code, forward.release().ptr()).first->second;
 }
 
+// Of the name that fused_step/_forward.py has for it.
+Flattening flattening_named(const std::string& name) {
+  if (name == "last") return Flattening::kLast;
+  return name == "of two" ? Flattening::kOfTwo : Flattening::kAllOnes;
+}
+
 // The module that `name` is as an attribute of `owner`, null where it is something else.
 PyObject* module_named(PyObject* owner, PyObject* name, Watch& watch) {
   PyTypeObject* const type = Py_TYPE(owner);
@@ -107,12 +113,18 @@ bool read_last_call(PyObject* module, Verdict& v, Watch& watch, LastCall& call) 
   if (PyUnicode_Check(forward.ptr())) return reject("forward " + forward.cast<std::string>());
   PyObject* const path = PyTuple_GET_ITEM(forward.ptr(), 0);
   PyObject* const code = PyTuple_GET_ITEM(forward.ptr(), 1);
+  PyObject* const flattening = PyTuple_GET_ITEM(forward.ptr(), 2);
   PyObject* last = module;
   for (Py_ssize_t k = 0; k < PyTuple_GET_SIZE(path); ++k) {
     last = module_named(last, PyTuple_GET_ITEM(path, k), watch);
     if (last == nullptr) return reject("forward does not end in a call of one of its modules");
   }
   call = {last, own.forward, code != Py_None ? code : nullptr};
+  if (flattening != Py_None) {
+    call.flattening =
+        flattening_named(py::handle(PyTuple_GET_ITEM(flattening, 0)).cast<std::string>());
+    call.flatten = PyTuple_GET_ITEM(flattening, 1);
+  }
   return true;
 }
 

@@ -5,6 +5,7 @@
 
 #include <Python.h>
 
+#include "bindings/flattening.h"
 #include "bindings/python_objects.h"
 #include "bindings/verdict.h"
 #include "bindings/watch.h"
@@ -19,13 +20,17 @@ bool check_module(PyObject* module, PyObject* dict, const ModuleClass& module_cl
 // The modules inside of one whose dictionary is `dict`; null where that is no dictionary.
 PyObject* modules_of(PyObject* dict, Watch& watch);
 
-// A forward() that returns what its last call, of `module`, gives. References are borrowed.
+// A forward() that returns what its last call, of `module`, gives, flattened or as it is.
+// References are borrowed.
 struct LastCall {
   PyObject* module = nullptr;
   PyObject* forward = nullptr;
   // forward() without that call: it returns the module and the argument. Lives as long as the
   // process. Null where the argument is forward()'s own input, and it does nothing else.
   PyObject* code = nullptr;
+  // What is done to the result, and a callable that does it, which lives as long as the process.
+  Flattening flattening = Flattening::kNone;
+  PyObject* flatten = nullptr;
 };
 
 // Of a module of any class. False where its forward() is not such a one; the reason speaks of a

@@ -24,6 +24,8 @@ Names make_names() {
           interned("__getattr__"),
           interned("__getattribute__"),
           interned("__dict__"),
+          interned("start_dim"),
+          interned("end_dim"),
           interned("_forward_hooks"),
           interned("_forward_pre_hooks"),
           interned("_backward_hooks"),
@@ -101,6 +103,7 @@ PythonObjects import_objects() {
   o.module_dict = class_attribute(o.module.type, o.names.dict);
   o.linear = make_module_class(nn.attr("Linear"), o.names);
   o.sequential = make_module_class(nn.attr("Sequential"), o.names);
+  o.flatten = make_module_class(nn.attr("Flatten"), o.names);
   o.mse_loss = make_module_class(nn.attr("MSELoss"), o.names);
   o.sgd = keep_type(sgd);
   o.parameter = keep_type(nn.attr("Parameter"));

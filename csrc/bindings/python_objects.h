@@ -11,7 +11,7 @@ namespace fused_step {
 // Attribute names and dictionary keys, interned: a lookup is then a pointer comparison.
 struct Names {
   PyObject *forward, *call, *call_impl, *wrapped_call_impl, *compiled_call_impl;
-  PyObject *getattr, *getattribute, *dict;
+  PyObject *getattr, *getattribute, *dict, *start_dim, *end_dim;
   PyObject *forward_hooks, *forward_pre_hooks, *backward_hooks, *backward_pre_hooks;
   PyObject *parameters, *modules, *weight, *bias, *reduction, *mean, *sum;
   PyObject *param_groups, *state, *step, *zero_grad, *init_group;
@@ -33,7 +33,7 @@ struct ModuleClass {
 
 struct PythonObjects {
   Names names;
-  ModuleClass module, linear, sequential, mse_loss;
+  ModuleClass module, linear, sequential, flatten, mse_loss;
   // nn.Module's own way to find an attribute.
   PyObject *module_getattr, *module_getattribute, *module_dict;
   // fused_step.LinearMSELoss; its type is null until set_linear_mse_loss() was called.
