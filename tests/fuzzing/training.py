@@ -65,7 +65,7 @@ CHOICES = with_seed(
     Choice("frozen", (None,), ("weight", "bias", "both")),
     Choice("grad", (None,), ("weight", "bias", "zeros")),
     Choice("model", ("linear", "sequential", "loss module", "frozen body", "trained body",
-                     "own class", "own frozen body", "own trained body"), (
+                     "own class", "own frozen body", "own trained body", "squeezed"), (
         "subclass", "network", "forward hook", "forward", "parameter hook", "accumulate hook")),
     Choice("loss", ("module", "function", "partial"), ("l1", "lambda", "hook")),
     Choice("optimizer", ("torch", "fused"), ("adam", "subclass", "step hook", "foreach")),
@@ -115,6 +115,11 @@ class Regression(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         return self.linear(input)
+
+
+class SqueezedRegression(Regression):
+    def forward(self, input: Tensor) -> Tensor:
+        return self.linear(input).squeeze(-1)
 
 
 class ScaledRegression(nn.Module):
@@ -240,6 +245,8 @@ class World:
 
     def _data(self, name: str, how: str) -> Any:
         t = self.tensors[name]
+        if name == "target" and self.case["model"] == "squeezed" and t.dim() > 1:
+            t = t.squeeze(-1)  # as the model does with its output
         if how == "list":
             return t.tolist()
         if how == "None":
@@ -267,6 +274,7 @@ class World:
                 "network": Network,
                 "frozen body": lambda linear: nn.Sequential(Scale(False), linear),
                 "own class": Regression,
+                "squeezed": SqueezedRegression,
                 "own frozen body": functools.partial(ScaledRegression, False),
                 "own trained body": functools.partial(ScaledRegression, True),
                 "trained body": lambda linear: nn.Sequential(Scale(True), linear),
