@@ -11,11 +11,10 @@ import __future__
 import ast
 import inspect
 import linecache
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from operator import methodcaller
-from types import CodeType, FunctionType
+from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
 Step = ast.Return | ast.Assign | ast.AnnAssign
@@ -38,14 +37,16 @@ _NO_PLAIN_CALL = (
     | inspect.CO_COROUTINE
     | inspect.CO_ASYNC_GENERATOR
 )
-_FUTURES = [getattr(__future__, name).compiler_flag for name in __future__.all_feature_names]
 _NO_SOURCE = "has no source at hand that compiles to it"
+_FUTURES = [getattr(__future__, name).compiler_flag for name in __future__.all_feature_names]
 
 
 def read_forward(
     function: FunctionType,
-) -> tuple[tuple[str, ...], CodeType | None, Flatten | None] | str:
+) -> tuple[tuple[str, ...], CodeType | None, Flatten | None] | str | None:
     """What `function`, the forward() of a class, does last; or why that cannot be told.
+
+    None: not now, for want of memory or stack.
 
     Returns:
         The names by which it comes from self to the module that it calls last, whose result it
@@ -56,26 +57,38 @@ def read_forward(
     code = function.__code__
     if code.co_argcount != 2 or code.co_kwonlyargcount or code.co_flags & _NO_PLAIN_CALL:
         return "takes something else than one input"
-    linecache.checkcache(code.co_filename)
-    source = "".join(linecache.getlines(code.co_filename, function.__globals__))
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # those of the source were given when it was imported
-            return _read(code, ast.parse(source))
-    except (SyntaxError, ValueError, RecursionError):
+        return _read(code, function.__globals__)
+    except (RecursionError, MemoryError):
+        return None
+    except Exception:  # a loader, which is asked for the source, may raise any
         return _NO_SOURCE
 
 
 def _read(
+    code: CodeType, module: dict[str, Any]
+) -> tuple[tuple[str, ...], CodeType | None, Flatten | None] | str:
+    linecache.checkcache(code.co_filename)
+    lines = linecache.getlines(code.co_filename, module)[code.co_firstlineno - 1 :]
+    block = inspect.getblock(lines)
+    definition = _definition(code, _parse(code, block, ""))
+    if definition is None:
+        return _NO_SOURCE
+    if _last_call(definition, code) is None:
+        return "does not end in `return self.layer(...)`, its only return"
+    for imports in _imports(definition, module):
+        tree = _parse(code, block, imports)
+        if _codes_like(code, tree) == [code]:
+            return _without_last_call(code, tree)
+    return _NO_SOURCE
+
+
+def _without_last_call(
     code: CodeType, tree: ast.Module
 ) -> tuple[tuple[str, ...], CodeType | None, Flatten | None] | str:
     definition = _definition(code, tree)
-    if definition is None:
-        return _NO_SOURCE
-    last = _last_call(definition, code)
-    if last is None:
-        return "does not end in `return self.layer(...)`, its only return"
-    if _codes_like(code, tree) != [code]:
+    last = None if definition is None else _last_call(definition, code)
+    if definition is None or last is None:
         return _NO_SOURCE
     before = definition.body[: definition.body.index(last.step)]
     (argument,) = last.call.args
@@ -90,19 +103,49 @@ def _read(
     return last.path, without_call, last.flatten
 
 
+def _parse(code: CodeType, block: list[str], imports: str) -> ast.Module:
+    """The function's own lines, within what gives its names their meaning."""
+    *_, outer, _ = ["", *code.co_qualname.split(".")]
+    around = [f"import {imports}\n"] if imports else []
+    indent = ""
+    if code.co_flags & inspect.CO_NESTED:
+        names = ", ".join(name for name in code.co_freevars if name != "__class__")
+        around.append(f"def outer({names}):\n")
+        indent = " "
+    if outer.isidentifier():  # a class, whose name mangles others; else <locals> or nothing
+        around.append(f"{indent}class {outer}:\n")
+    tree = ast.parse("".join([*around, *block]))
+    ast.increment_lineno(tree, code.co_firstlineno - 1 - len(around))
+    return tree
+
+
+def _imports(definition: ast.FunctionDef, module: dict[str, Any]) -> Iterator[str]:
+    """What the module may have imported: methods of such names compile in a way of their own.
+
+    They are, most likely, those that are modules.
+    """
+    called = {
+        node.func.value.id
+        for node in ast.walk(definition)
+        if isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Attribute)
+        and isinstance(node.func.value, ast.Name)
+    }
+    yield ", ".join(sorted(n for n in called if isinstance(module.get(n), ModuleType)))
+    yield ", ".join(sorted(n for n in called if n in module))
+    yield ""
+
+
 def _definition(code: CodeType, tree: ast.Module) -> ast.FunctionDef | None:
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef) and node.name == code.co_name:
-            lines = [node.lineno, *(d.lineno for d in node.decorator_list)]
-            if min(lines) == code.co_firstlineno:
-                return node
+            return node
     return None
 
 
 def _codes_like(code: CodeType, tree: ast.Module) -> list[CodeType]:
     """What `tree` compiles to where `code` was defined."""
     flags = sum(flag for flag in _FUTURES if code.co_flags & flag)
-    flags |= ast.PyCF_ALLOW_TOP_LEVEL_AWAIT  # as in a notebook
 
     def within(outer: CodeType) -> Iterator[CodeType]:
         yield outer
@@ -176,12 +219,13 @@ def _is_local(name: str, code: CodeType) -> bool:
 
 
 def _path(function: ast.expr, code: CodeType) -> tuple[str, ...]:
-    """The names in ``self.name.name``; none of anything else."""
+    """The names in ``self.name.name``; none of anything else, or where they are mangled."""
     names: list[str] = []
     while isinstance(function, ast.Attribute):
         names.insert(0, function.attr)
         function = function.value
-    return tuple(names) if _is_argument(function, 0, code) else ()
+    is_of_self = _is_argument(function, 0, code)
+    return tuple(names) if is_of_self and set(names) <= set(code.co_names) else ()
 
 
 def _is_argument(node: ast.expr, position: int, code: CodeType) -> bool:

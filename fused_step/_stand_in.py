@@ -101,8 +101,12 @@ class HeadStep:
     def __init__(self, model: Any, loss_function: Any, optimizer: Any) -> None:
         pass
 
-    def calls(self) -> None:
+    def parts(self) -> None:
         """Not fused."""
+
+    def confirms(self) -> bool:
+        """Not fused."""
+        return False
 
     def step(self, hidden: Any, target: Tensor) -> None:
         """Not fused."""

@@ -20,7 +20,8 @@ _OF_ENGINES = ("_fused", "_fused_step", "_head", "_update", "_loop_plan")
 
 LossFunction = Callable[[Tensor, Tensor], Tensor]
 _Call = Callable[[Any], Any]
-_BodyPart = tuple[_Call, nn.Module | None, _Call | None]  # see csrc/bindings/head_step.h
+# Of a model before its last layer; see csrc/bindings/head_step.h.
+_BodyPart = tuple[Any, nn.Module | None, int, _Call | None]
 
 
 class TrainStep:
@@ -180,40 +181,49 @@ class TrainStep:
         self._loop_plan = "optimizer" if self._has_fused_update() else "plain"
         if self._loss_function is None:
             return self._last_lines(self._model(input, target))
-        calls = self._head.calls()
-        if calls is not None:
-            return self._step_by_calls(*calls, input, target)
-        return self._last_lines(self._loss_function(self._model(input), target))
+        parts = self._head.parts()
+        if parts is None:
+            return self._last_lines(self._loss_function(self._model(input), target))
+        loss, is_done = self._loss_by_parts(*parts, input, target)
+        return loss if is_done else self._last_lines(loss)
 
-    def _step_by_calls(
+    def _loss_by_parts(
         self,
         body: tuple[_BodyPart, ...],
         linear: nn.Module,
         flatten: _Call | None,
         input: Tensor,
         target: Tensor,
-    ) -> Tensor:
-        """The same for a model that makes these calls one after the other, then that of a layer.
+    ) -> tuple[Tensor, bool]:
+        """Runs the model part by part; the loss, and whether the rest of the step is done, too.
 
-        Its result may be flattened after that.
+        Where a part changes what comes after it, Python goes on from there.
         """
         hidden: Any = input
-        for call, expected, flatten_called in body:
-            hidden = call(hidden)
-            if expected is not None:  # a forward() without its last call: what it would call
-                called, hidden = hidden
-                if called is not expected:  # replaced by what it did before
-                    return self._last_lines(self._loss_of(called(hidden), flatten_called, target))
+        for module, last, calls, flatten_result in body:
+            if (
+                last is not None
+            ):  # a forward() without its last call: what it would call, and on what
+                called, hidden = module(hidden)
+                if called is not last or not self._head.confirms():
+                    return self._loss_of(called(hidden), flatten_result, target), False
+                continue
+            modules = iter(module)
+            for _ in range(calls):
+                hidden = next(modules)(hidden)
+                if not self._head.confirms():
+                    for next_module in modules:
+                        hidden = next_module(hidden)
+                    return self._loss_of(hidden, flatten_result, target), False
         loss = self._head.step(hidden, target)
-        if loss is not None:  # the rest of the step was done with it
+        if loss is not None:
             self._loop_plan = "head"
-            return loss
+            return loss, True
         loss = self._head.loss(hidden, target)
         if loss is not None:
             self._loop_plan = "head"
-        else:
-            loss = self._loss_of(linear(hidden), flatten, target)
-        return self._last_lines(loss)
+            return loss, False
+        return self._loss_of(linear(hidden), flatten, target), False
 
     def _loss_of(self, output: Any, flatten: _Call | None, target: Tensor) -> Tensor:
         if flatten is not None:

@@ -369,3 +369,54 @@ def test_flatten_that_changes_is_seen(change):
         loss = step(x, t)
         torch.testing.assert_close(loss, plain_step(other, nn.MSELoss(), theirs, x, t))
     assert step.plan in LOWER
+
+
+HUGE = [(0, 10**30), (0, -(10**30)), (10**30, -1)]
+
+
+@pytest.mark.parametrize("dims", HUGE, ids=str)
+def test_flatten_of_a_dimension_beyond_64_bits_fails_as_in_the_plain_loop(dims):
+    model = made(lambda: nn.Sequential(nn.Linear(I, 1), nn.Flatten(*dims)))
+    step = fused_step.TrainStep(model, nn.MSELoss(), sgd(model))
+    x, t = batch(B)
+    for _ in range(3):
+        with pytest.raises(Exception) as expected:  # noqa: PT011  # whatever it is
+            model(x)
+        with pytest.raises(type(expected.value), match="unpacking"):
+            step(x, t)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: nn.Sequential(nn.Flatten(), nn.Linear(I, 1), nn.Flatten(0)),
+        Squeezed,
+        Net,
+    ],
+    ids=["frozen body", "layer", "network"],
+)
+def test_target_that_needs_a_gradient_gets_it(make):
+    model = made(make)
+    other = copy.deepcopy(model)
+    x, t = batch(B)
+    ours, theirs = t.clone().requires_grad_(), t.clone().requires_grad_()
+    step = fused_step.TrainStep(model, nn.MSELoss(), sgd(model))
+    loss = step(x, ours)
+    torch.testing.assert_close(loss, plain_step(other, nn.MSELoss(), sgd(other), x, theirs))
+    torch.testing.assert_close(ours.grad, theirs.grad)
+
+
+@pytest.mark.parametrize("make", [Squeezed, Net], ids=["layer", "network"])
+def test_replaced_method_of_tensors_is_called(monkeypatch, make):
+    model = made(make)
+    other = copy.deepcopy(model)
+    ours, theirs = sgd(model), sgd(other)
+    x, t = batch(B)
+    step = fused_step.TrainStep(model, nn.MSELoss(), ours)
+    for number in range(5):
+        if number == 3:
+            monkeypatch.setattr(Tensor, "squeeze", lambda a, dim: a.flatten() + 1)
+        loss = step(x, t)
+        torch.testing.assert_close(loss, plain_step(other, nn.MSELoss(), theirs, x, t))
+    assert step.plan in LOWER
+    assert "a method of torch.Tensor has been replaced" in step.explain(x, t)

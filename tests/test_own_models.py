@@ -9,6 +9,7 @@ import gc
 import importlib.util
 import inspect
 import traceback
+import warnings
 import weakref
 
 import pytest
@@ -81,6 +82,15 @@ class WithoutSelf(Layer):
         return net.last(x)
 
 
+class Mixin:
+    """Has a __dict__ before that of nn.Module."""
+
+
+class Mixed(Mixin, Layer):
+    def forward(self, x):
+        return self.last(x)
+
+
 class Within(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -122,6 +132,7 @@ ONLY_LAYER = [
     NamedLikeTheInput,
     Inherited,
     WithoutSelf,
+    Mixed,
     Within,
     ByPath,
     OfSequential,
@@ -350,6 +361,33 @@ class Mangled(Layer):
         return self.last(x) - 1
 
 
+class MangledModule(Layer):
+    """Python looks for _MangledModule__last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.__last = self.last
+        self.add_module("__last", nn.Linear(I, O))
+
+    def forward(self, x):
+        return self.__last(x)
+
+
+class Counted(dict):
+    def __getitem__(self, name):
+        found = super().__getitem__(name)
+        return (lambda x: found(x) + 1) if name == "last" else found
+
+
+class OwnDictionary(Layer):
+    def __init__(self) -> None:
+        super().__init__()
+        self.__dict__["_modules"] = Counted(self._modules)
+
+    def forward(self, x):
+        return self.last(x)
+
+
 class OfInstance(Layer):
     def __init__(self) -> None:
         super().__init__()
@@ -445,6 +483,8 @@ NOT_READ = [
     OfMethod,
     OfProperty,
     Mangled,
+    MangledModule,
+    OwnDictionary,
     OfInstance,
     HiddenByInstance,
     HiddenByClass,
@@ -678,6 +718,190 @@ def test_layer_that_forward_replaces_is_the_one_that_python_calls(kind):
     alike(made(kind), lambda model: None)
 
 
+class Inner(Layers):
+    def forward(self, x):
+        return self.last(torch.relu(self.first(x)))
+
+
+class Doubling(Inner):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def stack(*modules: nn.Module) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(I, HIDDEN), *modules, nn.Linear(HIDDEN, O))
+
+
+def hooked(net: nn.Module, call: int) -> None:
+    if call == 1:
+        net.handle = net.register_forward_hook(lambda module, args, output: output + 1)
+    if call == 3:
+        net.handle.remove()
+
+
+def hooked_globally(net: nn.Module, call: int) -> None:
+    def add(module, args, output):
+        return output + 1 if module is net else None
+
+    if call == 1:
+        net.handle = nn.modules.module.register_module_forward_hook(add)
+    if call == 3:
+        net.handle.remove()
+
+
+def without_gradients(net: nn.Module, call: int) -> None:
+    net.last.requires_grad_(call % 2 == 0)
+
+
+def annealed(net: nn.Module, call: int) -> None:
+    net[1] = nn.Dropout(min(0.5, 0.1 * call))
+
+
+def replaced_first(net: nn.Module, call: int) -> None:
+    net[0] = copy.deepcopy(net[0])
+
+
+def longer(net: nn.Module, call: int) -> None:
+    net.append(nn.Tanh())
+
+
+def shorter(net: nn.Module, call: int) -> None:
+    if call == 1:
+        net.pop(1)
+
+
+def wrapped(net: nn.Module, call: int) -> None:
+    if call == 1:
+        net.last = nn.Sequential(net.last, nn.Tanh())
+
+
+def wrapped_before(net: nn.Module, call: int) -> None:
+    if call == 1:
+        net.last = nn.Sequential(nn.Linear(HIDDEN, HIDDEN), nn.ReLU(), net.last)
+
+
+def own_forward(net: nn.Module, call: int) -> None:
+    if call == 1:
+        net.forward = lambda x: 3 * net.last(net.first(x))
+
+
+def other_class(net: nn.Module, call: int) -> None:
+    if call == 1:
+        net.__class__ = Doubling
+
+
+CHANGES = [
+    (Inner, hooked),
+    (Inner, hooked_globally),
+    (Inner, without_gradients),
+    (Inner, wrapped),
+    (Inner, wrapped_before),
+    (Inner, own_forward),
+    (Inner, other_class),
+    (Returned, hooked),
+    (Returned, wrapped),
+    (lambda: stack(nn.Dropout(0.0)), hooked),
+    (lambda: stack(nn.Dropout(0.0)), annealed),
+    (lambda: stack(nn.Tanh()), replaced_first),
+    (lambda: stack(nn.Tanh()), longer),
+    (lambda: stack(nn.Tanh()), shorter),
+]
+
+
+class Changing(nn.Module):
+    """Changes what it calls in the end before it calls it."""
+
+    def __init__(self, net: nn.Module, change) -> None:
+        super().__init__()
+        self.net, self.before, self.change, self.calls = net, nn.Linear(I, I), change, 0
+
+    def forward(self, x):
+        self.calls += 1
+        torch.manual_seed(self.calls)
+        hidden = self.before(x)
+        self.change(self.net, self.calls)
+        return self.net(hidden)
+
+
+@pytest.mark.parametrize(
+    ("make", "change"), CHANGES, ids=[f"{make.__name__} {c.__name__}" for make, c in CHANGES]
+)
+def test_what_forward_changes_of_what_comes_after_it_is_seen_in_that_step(make, change):
+    torch.manual_seed(1)
+    net = make()
+    other = copy.deepcopy(net)  # a hook's function is not copied
+    models = []
+    for one in (net, other):
+        torch.manual_seed(2)
+        models.append(Changing(one, change).to(DEVICE))
+    model, plain = models
+    ours, theirs = sgd(model), sgd(plain)
+    x, t = batch()
+    step = fused_step.TrainStep(model, nn.MSELoss(), ours)
+    for _ in range(4):
+        loss = step(x, t)
+        expected = plain_step(plain, nn.MSELoss(), theirs, x, t)
+        torch.testing.assert_close(loss, expected, rtol=B * EPS, atol=8 * EPS)
+    for a, b in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=2 * B * EPS, atol=8 * EPS)
+        assert (a.grad is None) == (b.grad is None)
+
+
+class Meddling(nn.Module):
+    """A module that changes the Sequential in which it stands."""
+
+    def __init__(self, change) -> None:
+        super().__init__()
+        self.change = change
+
+    def forward(self, x):
+        self.change(self.__dict__["around"])
+        return x
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda net: net.__setitem__(2, nn.Linear(HIDDEN, O)),
+        lambda net: net.__setitem__(2, nn.Sequential(nn.Linear(HIDDEN, O), nn.Tanh())),
+        lambda net: net.__setitem__(0, nn.Identity()),
+        lambda net: net[2].register_forward_hook(lambda module, args, output: output + 1),
+    ],
+    ids=["by a layer", "by two modules", "what was called", "hook"],
+)
+def test_what_a_module_of_a_sequential_changes_in_it_is_seen(change):
+    def meddled() -> nn.Sequential:
+        torch.manual_seed(4)
+        net = stack(Meddling(change)).to(DEVICE)
+        net[1].__dict__["around"] = net
+        return net
+
+    x, t = batch()
+    model, other = meddled(), meddled()
+    step = fused_step.TrainStep(model, nn.MSELoss(), sgd(model))
+    torch.manual_seed(6)
+    loss = step(x, t)
+    torch.manual_seed(6)
+    expected = plain_step(other, nn.MSELoss(), sgd(other), x, t)
+    torch.testing.assert_close(loss, expected, rtol=B * EPS, atol=8 * EPS)
+
+
+def test_hidden_layer_does_not_outlive_the_forward_pass():
+    class Watched(Layers):
+        def forward(self, x):
+            hidden = torch.relu(self.first(x))
+            self.hidden = weakref.ref(hidden)
+            return self.last(hidden)
+
+    model = made(Watched)
+    seen = []
+    model.first.weight.register_hook(lambda gradient: seen.append(model.hidden()))
+    step = fused_step.TrainStep(model, nn.MSELoss(), sgd(model))
+    step(*batch())
+    assert step.plan == "head"
+    assert seen == [None]
+
+
 @pytest.mark.parametrize("kind", [Returned, Nested])
 @pytest.mark.parametrize("register", ["register_forward_hook", "register_forward_pre_hook"])
 def test_hooks_of_the_model_run(kind, register):
@@ -782,12 +1006,81 @@ def test_source_in_a_file_is_read(tmp_path):
     assert_trains_like_plain(made(imported(path)), HEAD)
 
 
-def test_warnings_of_the_source_are_not_given_again(tmp_path):
+def test_only_the_lines_of_forward_are_read(tmp_path):
     path = tmp_path / "net.py"
     path.write_text(SOURCE + "\nassert 1 is 1, '\\d'\n")
     with pytest.warns(match="invalid escape|is. with"):
         kind = imported(path)
+    path.write_text(SOURCE + "\n(")
     assert_trains_like_plain(made(kind), HEAD)  # a warning is an error here
+
+
+class KeyErrors:
+    """Not what a loader should raise."""
+
+    def get_source(self, name):
+        raise KeyError(name)
+
+
+def test_error_of_a_loader_is_not_that_of_a_step():
+    names = {"__name__": "from_an_archive", "__loader__": KeyErrors()}
+    exec(compile(SOURCE, "archive/net.py", "exec"), names)
+    assert_trains_like_plain(made(names["Net"]), LOWER)
+
+
+def test_interrupt_while_the_source_is_read_leaves_nothing_behind(tmp_path, monkeypatch):
+    path = tmp_path / "net.py"
+    path.write_text(SOURCE)
+    model = made(imported(path))
+    x, t = batch()
+    step = fused_step.TrainStep(model, nn.MSELoss(), sgd(model))
+
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("fused_step._forward._parse", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            step(x, t)
+    before = copy.deepcopy(model)
+    loss = step(x, t)
+    torch.testing.assert_close(loss, plain_step(before, nn.MSELoss(), sgd(before), x, t))
+    assert step.plan == "head"
+
+
+def test_source_that_could_not_be_read_for_want_of_stack_is_read_later(tmp_path, monkeypatch):
+    path = tmp_path / "net.py"
+    path.write_text(SOURCE)
+    model = made(imported(path))
+    step = fused_step.TrainStep(model, nn.MSELoss(), sgd(model))
+
+    def too_deep(*arguments):
+        raise RecursionError
+
+    with monkeypatch.context() as patch:
+        patch.setattr("fused_step._forward._parse", too_deep)
+        step(*batch())
+        assert step.plan in LOWER
+        assert "no memory or stack left" in step.explain(*batch())
+    step(*batch())
+    assert step.plan == "head"
+
+
+def test_warnings_that_were_given_once_are_not_given_again(tmp_path):
+    path = tmp_path / "net.py"
+    path.write_text(
+        SOURCE.replace("        return", "        warnings.warn('once')\n        return")
+        + "\nimport warnings\n"
+    )
+    model = made(imported(path))
+    x, t = batch()
+    step = fused_step.TrainStep(model, nn.MSELoss(), sgd(model))
+    with warnings.catch_warnings(record=True) as given:
+        warnings.simplefilter("default")
+        for _ in range(4):
+            step(x, t)
+    assert step.plan == "head"
+    assert len(given) == 1
 
 
 @pytest.mark.parametrize(
@@ -796,7 +1089,7 @@ def test_warnings_of_the_source_are_not_given_again(tmp_path):
         lambda source: source.replace("torch.tanh(self.first(x))", "self.first(x)"),
         lambda source: source.replace("x)))", "x))) * 2"),
         lambda source: "\n" + source,
-        lambda source: source + "(",
+        lambda source: source.replace("def forward", "(def forward"),
         lambda source: "",
     ],
     ids=["another body", "another end", "a line before", "no Python", "nothing"],

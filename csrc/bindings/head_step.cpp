@@ -53,15 +53,19 @@ bool HeadStep::read(Verdict& v) {
   if (!check_world(v, autocast)) return false;
   if (v.against(autocast.cpu || autocast.cuda, "autocast is on")) return false;
   if (!v.explains() && watch_.unchanged()) return true;
-  watch_.clear();
-  reading_ = {};
+  // In the watch's place only when all was read: reading calls Python, which may raise.
+  Watch watch = std::move(watch_);
+  watch.clear();
+  Reading reading;
   if (loss_function_.is_none()) return v.reject("the model gives its loss itself");
-  LinearModel& model = reading_.model;
-  const bool has_layer = read_last_layer(model_.ptr(), v, watch_, model, reading_.body);
-  const bool has_loss = (has_layer || v.explains()) &&
-                        read_loss(loss_function_.ptr(), model_.ptr(), v, watch_, model);
+  LinearModel& model = reading.model;
+  const bool has_layer = read_last_layer(model_.ptr(), v, watch, model, reading.body);
+  const bool has_loss =
+      (has_layer || v.explains()) && read_loss(loss_function_.ptr(), model_.ptr(), v, watch, model);
+  reading_ = std::move(reading);
   // What explain() has read is not kept: with a reason against it, it is not complete.
-  if (!has_layer || !has_loss || v.explains() || !model.may_be_kept) watch_.clear();
+  if (!has_layer || !has_loss || v.explains() || !reading_.model.may_be_kept) watch.clear();
+  watch_ = std::move(watch);
   return has_layer && has_loss;
 }
 
@@ -122,37 +126,38 @@ at::Tensor HeadStep::target_of(const at::Tensor& hidden, const at::Tensor& targe
   return unflattened(target, hidden.sizes(), weight.size(0), model.flattening);
 }
 
-// After the body, which may have changed what there is to read.
-bool HeadStep::read_again() {
-  Verdict verdict(nullptr);
-  // forward() looks the layer up before it makes the argument.
-  return read(verdict) && (called_ == nullptr || called_ == reading_.model.linear);
-}
-
-py::object HeadStep::calls() {
+py::object HeadStep::parts() {
   Verdict verdict(nullptr);
   if (!read(verdict)) return py::none();
-  PyObject* const linear = reading_.model.linear;
   const auto or_none = [](PyObject* object) {
     return object != nullptr ? py::reinterpret_borrow<py::object>(object) : py::none();
   };
   py::tuple body(reading_.body.size());
-  called_ = nullptr;
   for (size_t k = 0; k < reading_.body.size(); ++k) {
     const BodyPart& part = reading_.body[k];
-    PyObject* const last = part.last.module;
+    const bool is_sequential = part.last.module == nullptr;
     body[k] = py::make_tuple(
-        last == nullptr ? or_none(part.module)
-                        : py::reinterpret_steal<py::object>(method_before(part.last, part.module)),
-        or_none(last), or_none(part.flatten));
-    called_ = last == linear ? linear : nullptr;
+        is_sequential ? or_none(part.module)
+                      : py::reinterpret_steal<py::object>(method_before(part.last, part.module)),
+        or_none(part.last.module), part.calls, or_none(part.flatten));
   }
-  return py::make_tuple(body, py::handle(linear), or_none(reading_.model.flatten));
+  const LinearModel& model = reading_.model;
+  return py::make_tuple(body, py::handle(model.linear), or_none(model.flatten));
+}
+
+bool HeadStep::confirms() {
+  Verdict verdict(nullptr);
+  if (watch_.unchanged()) return read(verdict);
+  const std::vector<BodyPart> body = reading_.body;
+  const PyObject *const linear = reading_.model.linear, *const flatten = reading_.model.flatten;
+  return read(verdict) && reading_.body == body && reading_.model.linear == linear &&
+         reading_.model.flatten == flatten;
 }
 
 py::object HeadStep::step(py::handle hidden, py::handle target) {
+  Verdict verdict(nullptr);
   // Without anything before it the layer is the model, and LinearStep has looked at that.
-  if (!is_exact_tensor(hidden.ptr()) || tensor_of(hidden.ptr()).requires_grad() || !read_again() ||
+  if (!is_exact_tensor(hidden.ptr()) || tensor_of(hidden.ptr()).requires_grad() || !read(verdict) ||
       reading_.body.empty()) {
     return py::none();
   }
@@ -162,7 +167,11 @@ py::object HeadStep::step(py::handle hidden, py::handle target) {
   layer_of_ = linear;
   LinearStep& layer = is_known ? *layer_ : layer_.emplace(linear, loss_function_, optimizer_);
   if (reading_.model.flattening == Flattening::kNone) return layer.step(hidden, target);
-  if (!is_exact_tensor(target.ptr())) return py::none();
+  // What a view of the target would not tell.
+  if (!is_exact_tensor(target.ptr()) || tensor_of(target.ptr()).requires_grad() ||
+      tensor_of(target.ptr())._fw_grad(0).defined()) {
+    return py::none();
+  }
   at::Tensor rows = target_of(tensor_of(hidden.ptr()), tensor_of(target.ptr()));
   if (!rows.defined()) return py::none();
   return layer.step(hidden, py::reinterpret_steal<py::object>(to_python(std::move(rows))));
@@ -170,7 +179,7 @@ py::object HeadStep::step(py::handle hidden, py::handle target) {
 
 py::object HeadStep::loss(py::handle hidden, py::handle target) {
   Verdict verdict(nullptr);
-  if (!read_again() || !check(hidden.ptr(), target.ptr(), verdict)) return py::none();
+  if (!read(verdict) || !check(hidden.ptr(), target.ptr(), verdict)) return py::none();
   const LinearModel& model = reading_.model;
   // Copies: without the GIL another thread may take them out of the model.
   const at::Tensor input = tensor_of(hidden.ptr()), weight = tensor_of(model.weight);

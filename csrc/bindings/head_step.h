@@ -23,13 +23,17 @@ class HeadStep {
   HeadStep(pybind11::handle model, pybind11::handle loss_function, pybind11::handle optimizer)
       : model_(model), loss_function_(loss_function), optimizer_(optimizer) {}
 
-  // What a call of the model calls one after the other, then the last layer, then a callable for
-  // its output or None; None instead of all that where the head is not fused. (call, None) of a
-  // module; (call, module) of a forward() without its last call, which gives the module that would
-  // be called and its argument.
-  pybind11::object calls();
+  // What comes before the last layer, that layer, and a callable that flattens its output or None;
+  // None instead of all that where the head is not fused. A part is (method, module, 0, flatten) of
+  // a forward() without its last call, which gives the module that would be called, `module` as far
+  // as is known, and its argument; or (sequential, None, calls, flatten), so many of its modules.
+  // `flatten` is for the result of that last call, or of the whole Sequential.
+  pybind11::object parts();
 
-  // `hidden` is what the calls before the last layer gave. The whole rest of the step, by a plan
+  // Whether the way to the last layer is still what parts() gave, whose result is alive.
+  bool confirms();
+
+  // `hidden` is what the parts before the last layer gave. The whole rest of the step, by a plan
   // of that layer, if `hidden` needs no gradient; None, and nothing changed, where that is not so.
   pybind11::object step(pybind11::handle hidden, pybind11::handle target);
 
@@ -49,14 +53,12 @@ class HeadStep {
   };
 
   bool read(Verdict& verdict);
-  bool read_again();
   bool check(PyObject* hidden, PyObject* target, Verdict& verdict) const;
   at::Tensor target_of(const at::Tensor& hidden, const at::Tensor& target) const;
 
   pybind11::handle model_, loss_function_, optimizer_;
   Watch watch_;  // over what reading_ came from
   Reading reading_;
-  PyObject* called_ = nullptr;       // the layer, where calls() had its caller look it up
   std::optional<LinearStep> layer_;  // of layer_of_
   PyObject* layer_of_ = nullptr;
 };

@@ -53,7 +53,9 @@ bool flattens_two(PyObject* module, Verdict& v, Watch& watch) {
   PyObject* const first = get_item(dict.ptr(), o.names.start_dim);
   PyObject* const last = get_item(dict.ptr(), o.names.end_dim);
   const auto is = [](PyObject* number, long value) {
-    return number != nullptr && PyLong_CheckExact(number) && PyLong_AsLong(number) == value;
+    int overflow = 0;
+    return number != nullptr && PyLong_CheckExact(number) &&
+           PyLong_AsLongAndOverflow(number, &overflow) == value && overflow == 0;
   };
   return check_module(module, dict.ptr(), o.flatten, "nn.Flatten", v, watch) && is(first, 0) &&
          (is(last, -1) || is(last, 1));
@@ -77,6 +79,7 @@ bool read_way_to_layer(PyObject* model, Verdict& v, Watch& watch, LinearModel& r
   };
   const auto flatten = [&](Flattening how, PyObject* callable) {
     if (reading.flattening != Flattening::kNone) return v.reject("the model flattens twice");
+    if (!check_flattening(v, watch)) return false;
     reading.flattening = how;
     reading.flatten = callable;
     return true;
@@ -88,7 +91,7 @@ bool read_way_to_layer(PyObject* model, Verdict& v, Watch& watch, LinearModel& r
       if (!read_last_call(last, v, watch, call)) return false;
       if (call.flatten != nullptr && !flatten(call.flattening, call.flatten)) return false;
       if (call.code != nullptr &&
-          !add({last, call, reading.flatten}, "'s forward does more than to call it")) {
+          !add({last, call, 0, reading.flatten}, "'s forward does more than to call it")) {
         return false;
       }
       last = call.module;
@@ -100,16 +103,15 @@ bool read_way_to_layer(PyObject* model, Verdict& v, Watch& watch, LinearModel& r
     if (modules == nullptr || PyDict_GET_SIZE(modules) == 0) {
       return v.reject("a Sequential is empty");
     }
-    const py::object inner = py::reinterpret_steal<py::object>(PyDict_Values(modules));
+    const py::object inner = py::reinterpret_steal<py::object>(PyMapping_Values(modules));
     Py_ssize_t count = PyList_GET_SIZE(inner.ptr());
     const auto module = [&](Py_ssize_t k) { return PyList_GET_ITEM(inner.ptr(), k); };
+    PyObject* const flatten_all = reading.flatten;  // done to what the whole Sequential gives
     if (count > 1 && flattens_two(module(count - 1), v, watch)) {
       --count;
       if (!flatten(Flattening::kOfTwo, module(count))) return false;
     }
-    for (Py_ssize_t k = 0; k + 1 < count; ++k) {
-      if (!add({module(k), {}, nullptr}, " of several modules")) return false;
-    }
+    if (count > 1 && !add({last, {}, count - 1, flatten_all}, " of several modules")) return false;
     last = module(count - 1);
   }
   return read_layer(last, v, watch, reading);

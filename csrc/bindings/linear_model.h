@@ -27,11 +27,14 @@ struct LinearModel {
   bool may_be_kept = true;  // false: a value in it may change unseen (a partial's keywords)
 };
 
-// What a model calls before its last layer. References are borrowed.
+// What comes before a model's last layer, as part of one module. References are borrowed.
 struct BodyPart {
   PyObject* module = nullptr;
-  LastCall last;  // of the module's forward(), which is run without it; none: the module is called
-  PyObject* flatten = nullptr;  // what this module, or one around it, does to that call's result
+  LastCall last;                // of the module's forward(), which is run without it; or none:
+  Py_ssize_t calls = 0;         // so many modules of a Sequential are called
+  PyObject* flatten = nullptr;  // what is done to the result of the last call, or of the Sequential
+
+  bool operator==(const BodyPart&) const = default;
 };
 
 // Each notes in `watch` what it came from, and is false once the verdict needs no more, or where

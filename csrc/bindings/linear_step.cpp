@@ -149,11 +149,13 @@ bool LinearStep::read_objects(Verdict& v, Reading& reading) {
     reading = kept_;
     return true;
   }
-  watch_.clear();
+  // In the watch's place only when all was read: reading calls Python, which may raise.
+  Watch watch = std::move(watch_);
+  watch.clear();
   LinearModel layer;
-  const bool model = read_only_layer(model_.ptr(), loss_function_.ptr(), v, watch_, layer);
+  const bool model = read_only_layer(model_.ptr(), loss_function_.ptr(), v, watch, layer);
   const bool loss =
-      (model || v.explains()) && read_loss(loss_function_.ptr(), model_.ptr(), v, watch_, layer);
+      (model || v.explains()) && read_loss(loss_function_.ptr(), model_.ptr(), v, watch, layer);
   reading.sgd.weight.object = layer.weight;
   reading.sgd.bias.object = layer.bias;
   reading.sgd.may_be_kept = layer.may_be_kept;
@@ -164,13 +166,14 @@ bool LinearStep::read_objects(Verdict& v, Reading& reading) {
   const bool has_groups =
       model || (type != python_objects().sgd && type != python_objects().fused_sgd);
   const bool optimizer = (loss || v.explains()) && has_groups &&
-                         sgd_reader_.read(optimizer_.ptr(), v, watch_, reading.sgd);
+                         sgd_reader_.read(optimizer_.ptr(), v, watch, reading.sgd);
   const bool complete = model && loss && optimizer && v.applies();
   if (complete && reading.sgd.may_be_kept) {
     kept_ = reading;
   } else {
-    watch_.clear();
+    watch.clear();
   }
+  watch_ = std::move(watch);
   return complete || (v.explains() && model);
 }
 

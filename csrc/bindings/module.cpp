@@ -151,7 +151,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
                        "train_step.py.")
       .def(py::init<py::handle, py::handle, py::handle>(), py::arg("model"),
            py::arg("loss_function"), py::arg("optimizer"))
-      .def("calls", &HeadStep::calls)
+      .def("parts", &HeadStep::parts)
+      .def("confirms", &HeadStep::confirms)
       .def("step", &HeadStep::step, py::arg("hidden"), py::arg("target"))
       .def("loss", &HeadStep::loss, py::arg("hidden"), py::arg("target"))
       .def("explain", &HeadStep::explain, py::arg("input"), py::arg("target"));

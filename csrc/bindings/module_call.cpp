@@ -19,7 +19,7 @@ bool finds_attributes_as_module(PyTypeObject* type) {
   return PyType_IsSubtype(type, o.module.type) != 0 &&
          _PyType_Lookup(type, n.getattr) == o.module_getattr &&
          _PyType_Lookup(type, n.getattribute) == o.module_getattribute &&
-         _PyType_Lookup(type, n.dict) == o.module_dict;
+         Py_TYPE(_PyType_Lookup(type, n.dict)) == &PyGetSetDescr_Type;
 }
 
 // A class that is called as nn.Module is, with the forward that it has now.
@@ -31,16 +31,22 @@ ModuleClass class_with_forward(PyTypeObject* type) {
   return own;
 }
 
-// What read_forward() says of a function, found by its code. Both are kept: the code, so that its
-// address means nothing else later.
+// What read_forward() says of a function, found by its code; null where it could not read just now.
+// Both are kept: the code, so that its address means nothing else later.
 PyObject* forward_of(PyObject* function) {
   static std::unordered_map<PyObject*, PyObject*> known;
   PyObject* const code = PyFunction_GET_CODE(function);
   const auto found = known.find(code);
   if (found != known.end()) return found->second;
   py::object forward = py::handle(python_objects().read_forward)(py::handle(function));
-  Py_INCREF(code);
-  return known.emplace(code, forward.release().ptr()).first->second;
+  if (forward.is_none()) return nullptr;
+  const auto [place, is_new] =
+      known.try_emplace(code, nullptr);  // another thread may have been here
+  if (is_new) {
+    Py_INCREF(code);
+    place->second = forward.release().ptr();
+  }
+  return place->second;
 }
 
 // Of the name that fused_step/_forward.py has for it.
@@ -57,6 +63,14 @@ PyObject* module_named(PyObject* owner, PyObject* name, Watch& watch) {
   watch.root(owner, dict.ptr());
   PyObject* const modules = modules_of(dict.ptr(), watch);
   if (modules == nullptr || get_item(dict.ptr(), name) != nullptr) return nullptr;
+  const Names& n = python_objects().names;
+  for (PyObject* key : {n.parameters, n.buffers}) {  // where nn.Module looks first
+    PyObject* const others = get_item(dict.ptr(), key);
+    watch.dict(others);
+    if (others == nullptr || !PyDict_CheckExact(others) || get_item(others, name) != nullptr) {
+      return nullptr;
+    }
+  }
   PyObject* const module = get_item(modules, name);
   return module != Py_None ? module : nullptr;
 }
@@ -87,8 +101,14 @@ bool check_module(PyObject* module, PyObject* dict, const ModuleClass& module_cl
 
 PyObject* modules_of(PyObject* dict, Watch& watch) {
   PyObject* const modules = get_item(dict, python_objects().names.modules);
-  watch.dict(modules);
-  return modules != nullptr && PyDict_Check(modules) ? modules : nullptr;
+  if (modules == nullptr) return nullptr;
+  if (PyDict_CheckExact(modules)) {
+    watch.dict(modules);
+    return modules;
+  }
+  // Sequential.pop() leaves one, whose move_to_end() gives it no new version.
+  watch.unwatched(modules);
+  return PyODict_CheckExact(modules) ? modules : nullptr;
 }
 
 bool read_last_call(PyObject* module, Verdict& v, Watch& watch, LastCall& call) {
@@ -109,6 +129,7 @@ bool read_last_call(PyObject* module, Verdict& v, Watch& watch, LastCall& call) 
   const py::object dict = dict_of(module);
   if (!check_module(module, dict.ptr(), own, type->tp_name, v, watch)) return false;
   const py::handle forward = forward_of(own.forward);
+  if (!forward) return reject("forward could not be read: there is no memory or stack left");
   watch.code(own.forward);
   if (PyUnicode_Check(forward.ptr())) return reject("forward " + forward.cast<std::string>());
   PyObject* const path = PyTuple_GET_ITEM(forward.ptr(), 0);
@@ -126,6 +147,16 @@ bool read_last_call(PyObject* module, Verdict& v, Watch& watch, LastCall& call) 
     call.flatten = PyTuple_GET_ITEM(flattening, 1);
   }
   return true;
+}
+
+bool check_flattening(Verdict& v, Watch& watch) {
+  const PythonObjects& o = python_objects();
+  watch.type(o.tensor);
+  bool is_replaced = false;
+  for (const FlattenMethod& m : o.flatten_methods) {
+    is_replaced |= _PyType_Lookup(o.tensor, m.name) != m.method;
+  }
+  return !v.against(is_replaced, "a method of torch.Tensor has been replaced");
 }
 
 PyObject* method_before(const LastCall& call, PyObject* self) {

@@ -17,7 +17,8 @@ namespace fused_step {
 bool check_module(PyObject* module, PyObject* dict, const ModuleClass& module_class,
                   const char* name, Verdict& verdict, Watch& watch);
 
-// The modules inside of one whose dictionary is `dict`; null where that is no dictionary.
+// The modules inside of one whose dictionary is `dict`, a dict or an OrderedDict; null where they
+// are in something else.
 PyObject* modules_of(PyObject* dict, Watch& watch);
 
 // A forward() that returns what its last call, of `module`, gives, flattened or as it is.
@@ -31,11 +32,16 @@ struct LastCall {
   // What is done to the result, and a callable that does it, which lives as long as the process.
   Flattening flattening = Flattening::kNone;
   PyObject* flatten = nullptr;
+
+  bool operator==(const LastCall&) const = default;
 };
 
 // Of a module of any class. False where its forward() is not such a one; the reason speaks of a
 // model that ends in this module.
 bool read_last_call(PyObject* module, Verdict& verdict, Watch& watch, LastCall& call);
+
+// Whether torch.Tensor's methods that flatten are those of PyTorch.
+bool check_flattening(Verdict& verdict, Watch& watch);
 
 // A new reference to `call.code`, as a method of `self` beside its forward().
 PyObject* method_before(const LastCall& call, PyObject* self);

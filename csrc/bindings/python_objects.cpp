@@ -24,6 +24,7 @@ Names make_names() {
           interned("__getattr__"),
           interned("__getattribute__"),
           interned("__dict__"),
+          interned("_buffers"),
           interned("start_dim"),
           interned("end_dim"),
           interned("_forward_hooks"),
@@ -100,7 +101,12 @@ PythonObjects import_objects() {
   o.module = make_module_class(nn.attr("Module"), o.names);
   o.module_getattr = class_attribute(o.module.type, o.names.getattr);
   o.module_getattribute = class_attribute(o.module.type, o.names.getattribute);
-  o.module_dict = class_attribute(o.module.type, o.names.dict);
+  o.tensor = keep_type(import_module("torch").attr("Tensor"));
+  const char* const flatten_methods[] = {"squeeze", "flatten", "view", "reshape"};
+  for (int k = 0; k < 4; ++k) {
+    PyObject* const name = interned(flatten_methods[k]);
+    o.flatten_methods[k] = {name, class_attribute(o.tensor, name)};
+  }
   o.linear = make_module_class(nn.attr("Linear"), o.names);
   o.sequential = make_module_class(nn.attr("Sequential"), o.names);
   o.flatten = make_module_class(nn.attr("Flatten"), o.names);

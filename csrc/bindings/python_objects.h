@@ -11,7 +11,7 @@ namespace fused_step {
 // Attribute names and dictionary keys, interned: a lookup is then a pointer comparison.
 struct Names {
   PyObject *forward, *call, *call_impl, *wrapped_call_impl, *compiled_call_impl;
-  PyObject *getattr, *getattribute, *dict, *start_dim, *end_dim;
+  PyObject *getattr, *getattribute, *dict, *buffers, *start_dim, *end_dim;
   PyObject *forward_hooks, *forward_pre_hooks, *backward_hooks, *backward_pre_hooks;
   PyObject *parameters, *modules, *weight, *bias, *reduction, *mean, *sum;
   PyObject *param_groups, *state, *step, *zero_grad, *init_group;
@@ -31,11 +31,18 @@ struct ModuleClass {
   bool is_as_imported(const Names& names) const;
 };
 
+// A method of torch.Tensor that models flatten an output with, as it was at import.
+struct FlattenMethod {
+  PyObject *name, *method;
+};
+
 struct PythonObjects {
   Names names;
   ModuleClass module, linear, sequential, flatten, mse_loss;
   // nn.Module's own way to find an attribute.
-  PyObject *module_getattr, *module_getattribute, *module_dict;
+  PyObject *module_getattr, *module_getattribute;
+  PyTypeObject* tensor;
+  FlattenMethod flatten_methods[4];
   // fused_step.LinearMSELoss; its type is null until set_linear_mse_loss() was called.
   ModuleClass linear_mse_loss;
   PyTypeObject *sgd, *parameter, *partial;

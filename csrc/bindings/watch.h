@@ -48,6 +48,13 @@ class Watch {
       entries_.push_back({Kind::kDict, nullptr, dict, dict_version(dict)});
     }
   }
+  // A dictionary of another class, which may change without a new version.
+  void unwatched(PyObject* dict) { entries_.push_back({Kind::kDict, nullptr, dict, 0}); }
+  // A class, which is kept alive elsewhere, with those that it inherits from.
+  void type(PyTypeObject* type) {
+    entries_.push_back({Kind::kClass, nullptr, reinterpret_cast<PyObject*>(type),
+                        static_cast<uint64_t>(type->tp_version_tag)});
+  }
   // A Python function's code, which must be kept alive.
   void code(PyObject* function) {
     entries_.push_back({Kind::kCode, function, PyFunction_GET_CODE(function), 0});
@@ -71,7 +78,7 @@ class Watch {
   }
 
  private:
-  enum class Kind : int8_t { kRoot, kType, kDict, kCode, kListSize, kListItem };
+  enum class Kind : int8_t { kRoot, kType, kClass, kDict, kCode, kListSize, kListItem };
 
   struct Entry {
     Kind kind;
@@ -91,6 +98,8 @@ class Watch {
         case Kind::kType:
           return reinterpret_cast<PyObject*>(Py_TYPE(owner)) == object &&
                  Py_TYPE(owner)->tp_version_tag == number && number != 0;
+        case Kind::kClass:
+          return reinterpret_cast<PyTypeObject*>(object)->tp_version_tag == number && number != 0;
         case Kind::kCode:
           return PyFunction_GET_CODE(owner) == object;
         case Kind::kListSize:
