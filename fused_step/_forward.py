@@ -61,7 +61,7 @@ def read_forward(
         return _read(code, function.__globals__)
     except (RecursionError, MemoryError):
         return None
-    except Exception:  # a loader, which is asked for the source, may raise any
+    except Exception:  # other source is there, or none; a loader that is asked for it may raise any
         return _NO_SOURCE
 
 
@@ -72,35 +72,28 @@ def _read(
     lines = linecache.getlines(code.co_filename, module)[code.co_firstlineno - 1 :]
     block = inspect.getblock(lines)
     definition = _definition(code, _parse(code, block, ""))
-    if definition is None:
-        return _NO_SOURCE
     if _last_call(definition, code) is None:
         return "does not end in `return self.layer(...)`, its only return"
     for imports in _imports(definition, module):
         tree = _parse(code, block, imports)
-        if _codes_like(code, tree) == [code]:
-            return _without_last_call(code, tree)
+        last = _last_call(_definition(code, tree), code)
+        if last is not None and _codes_like(code, tree) == [code]:
+            return last.path, _code_without(last, code, tree), last.flatten
     return _NO_SOURCE
 
 
-def _without_last_call(
-    code: CodeType, tree: ast.Module
-) -> tuple[tuple[str, ...], CodeType | None, Flatten | None] | str:
-    definition = _definition(code, tree)
-    last = None if definition is None else _last_call(definition, code)
-    if definition is None or last is None:
-        return _NO_SOURCE
-    before = definition.body[: definition.body.index(last.step)]
+def _code_without(last: _LastCall, code: CodeType, tree: ast.Module) -> CodeType | None:
+    """What `tree`, in which the call is, has beside it; None where that is nothing."""
     (argument,) = last.call.args
-    if all(map(_is_docstring, before)) and _is_argument(argument, 1, code):
-        return last.path, None, last.flatten
+    if all(map(_is_docstring, last.before)) and _is_argument(argument, 1, code):
+        return None
     if last.flattened is not None:
         step, value = last.flattened
         step.value = value
     pair = ast.Tuple([last.call.func, argument], ast.Load())
     last.step.value = ast.copy_location(pair, last.call)
     (without_call,) = _codes_like(code, tree)
-    return last.path, without_call, last.flatten
+    return without_call
 
 
 def _parse(code: CodeType, block: list[str], imports: str) -> ast.Module:
@@ -136,11 +129,11 @@ def _imports(definition: ast.FunctionDef, module: dict[str, Any]) -> Iterator[st
     yield ""
 
 
-def _definition(code: CodeType, tree: ast.Module) -> ast.FunctionDef | None:
+def _definition(code: CodeType, tree: ast.Module) -> ast.FunctionDef:
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef) and node.name == code.co_name:
             return node
-    return None
+    raise LookupError(f"no function {code.co_name}")
 
 
 def _codes_like(code: CodeType, tree: ast.Module) -> list[CodeType]:
@@ -162,6 +155,7 @@ def _codes_like(code: CodeType, tree: ast.Module) -> list[CodeType]:
 class _LastCall:
     """A call of one argument; the function returns nothing but its result, flattened or not."""
 
+    before: list[ast.stmt]  # what comes before `step`
     step: Step  # whose value the call is, or is made of
     call: ast.Call
     path: tuple[str, ...]
@@ -171,8 +165,8 @@ class _LastCall:
 
 def _last_call(definition: ast.FunctionDef, code: CodeType) -> _LastCall | None:
     """Followed back from the end, through names of the function's own."""
-    step: ast.stmt | None = definition.body[-1]
-    if not isinstance(step, ast.Return) or list(_returns(definition)) != [step]:
+    end = definition.body[-1]
+    if not isinstance(end, ast.Return) or list(_returns(definition)) != [end]:
         return None
     flatten: Flatten | None = None
     flattened: tuple[Step, ast.expr] | None = None
@@ -191,7 +185,8 @@ def _last_call(definition: ast.FunctionDef, code: CodeType) -> _LastCall | None:
                 result = name
             case ast.Call(args=[argument], keywords=[]) if not isinstance(argument, ast.Starred):
                 path = _path(value.func, code)
-                return _LastCall(step, value, path, flatten, flattened) if path else None
+                before = definition.body[: definition.body.index(step)]
+                return _LastCall(before, step, value, path, flatten, flattened) if path else None
             case _:
                 return None
     return None
