@@ -11,11 +11,15 @@ import __future__
 import ast
 import inspect
 import linecache
+import re
+import threading
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from operator import methodcaller
 from types import CodeType, FunctionType, ModuleType
 from typing import Any
+from warnings import catch_warnings
 
 Step = ast.Return | ast.Assign | ast.AnnAssign
 Flatten = tuple[str, Callable[[Any], Any]]
@@ -37,6 +41,10 @@ _NO_PLAIN_CALL = (
     | inspect.CO_COROUTINE
     | inspect.CO_ASYNC_GENERATOR
 )
+# The compiler warns of escapes in strings, asserted tuples and identity with literals; that was
+# done when the module was imported.
+_MAY_WARN = re.compile(r"""\\|\bassert\s*\(|\bis(\s+not)?\s+[-\d'"(\[{]""")
+_WARNINGS = threading.RLock()  # over the process' filters
 _NO_SOURCE = "has no source at hand that compiles to it"
 _FUTURES = [getattr(__future__, name).compiler_flag for name in __future__.all_feature_names]
 
@@ -58,7 +66,13 @@ def read_forward(
     if code.co_argcount != 2 or code.co_kwonlyargcount or code.co_flags & _NO_PLAIN_CALL:
         return "takes something else than one input"
     try:
-        return _read(code, function.__globals__)
+        linecache.checkcache(code.co_filename)
+        lines = linecache.getlines(code.co_filename, function.__globals__)
+        block = inspect.getblock(lines[code.co_firstlineno - 1 :])
+        # Not for every source: it also makes the process forget which warnings were given once.
+        may_warn = _MAY_WARN.search("".join(block)) is not None
+        with _WARNINGS, catch_warnings(action="ignore") if may_warn else nullcontext():
+            return _read(code, block, function.__globals__)
     except (RecursionError, MemoryError):
         return None
     except Exception:  # other source is there, or none; a loader that is asked for it may raise any
@@ -66,11 +80,8 @@ def read_forward(
 
 
 def _read(
-    code: CodeType, module: dict[str, Any]
+    code: CodeType, block: list[str], module: dict[str, Any]
 ) -> tuple[tuple[str, ...], CodeType | None, Flatten | None] | str:
-    linecache.checkcache(code.co_filename)
-    lines = linecache.getlines(code.co_filename, module)[code.co_firstlineno - 1 :]
-    block = inspect.getblock(lines)
     definition = _definition(code, _parse(code, block, ""))
     if _last_call(definition, code) is None:
         return "does not end in `return self.layer(...)`, its only return"
@@ -98,15 +109,16 @@ def _code_without(last: _LastCall, code: CodeType, tree: ast.Module) -> CodeType
 
 def _parse(code: CodeType, block: list[str], imports: str) -> ast.Module:
     """The function's own lines, within what gives its names their meaning."""
-    *_, outer, _ = ["", *code.co_qualname.split(".")]
     around = [f"import {imports}\n"] if imports else []
-    indent = ""
-    if code.co_flags & inspect.CO_NESTED:
-        names = ", ".join(name for name in code.co_freevars if name != "__class__")
-        around.append(f"def outer({names}):\n")
-        indent = " "
-    if outer.isidentifier():  # a class, whose name mangles others; else <locals> or nothing
-        around.append(f"{indent}class {outer}:\n")
+    names = code.co_qualname.split(".")[:-1]
+    functions = [k for k, name in enumerate(names[1:]) if name == "<locals>"]
+    cells = ", ".join(name for name in code.co_freevars if name != "__class__")
+    for k, name in enumerate(names):
+        indent = " " * k
+        if k in functions:
+            around.append(f"{indent}def {name}({cells if k == functions[-1] else ''}):\n")
+        elif name != "<locals>":
+            around.append(f"{indent}class {name}:\n")
     tree = ast.parse("".join([*around, *block]))
     ast.increment_lineno(tree, code.co_firstlineno - 1 - len(around))
     return tree
@@ -147,8 +159,8 @@ def _codes_like(code: CodeType, tree: ast.Module) -> list[CodeType]:
                 yield from within(constant)
 
     module = compile(tree, code.co_filename, "exec", flags, dont_inherit=True)
-    place = code.co_name, code.co_firstlineno
-    return [c for c in within(module) if (c.co_name, c.co_firstlineno) == place]
+    place = code.co_qualname, code.co_firstlineno
+    return [c for c in within(module) if (c.co_qualname, c.co_firstlineno) == place]
 
 
 @dataclass(frozen=True)

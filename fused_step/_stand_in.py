@@ -104,7 +104,7 @@ class HeadStep:
     def parts(self) -> None:
         """Not fused."""
 
-    def confirms(self) -> bool:
+    def confirms(self, number: int) -> bool:
         """Not fused."""
         return False
 

@@ -191,30 +191,33 @@ class TrainStep:
         self,
         body: tuple[_BodyPart, ...],
         linear: nn.Module,
-        flatten: _Call | None,
+        reading: int,
         input: Tensor,
         target: Tensor,
     ) -> tuple[Tensor, bool]:
         """Runs the model part by part; the loss, and whether the rest of the step is done, too.
 
-        Where a part changes what comes after it, Python goes on from there.
+        Where a part changes the way to the last layer, Python goes on from there.
         """
         hidden: Any = input
-        for module, last, calls, flatten_result in body:
-            if (
-                last is not None
-            ):  # a forward() without its last call: what it would call, and on what
-                called, hidden = module(hidden)
-                if called is not last or not self._head.confirms():
-                    return self._loss_of(called(hidden), flatten_result, target), False
-                continue
-            modules = iter(module)
-            for _ in range(calls):
-                hidden = next(modules)(hidden)
-                if not self._head.confirms():
-                    for next_module in modules:
-                        hidden = next_module(hidden)
-                    return self._loss_of(hidden, flatten_result, target), False
+        after: list[Any] = []  # what is still done to a result, the outer ones first
+        for module, last, calls, flatten in body:
+            if flatten is not None:
+                after.append(flatten)
+            if last is not None:
+                called, hidden = module(
+                    hidden
+                )  # forward() without its last call: what it would call
+                if called is not last or not self._head.confirms(reading):
+                    return self._loss_of(called(hidden), after, target), False
+            elif module is not None:
+                modules = iter(module)
+                after.append(modules)
+                for _ in range(calls):
+                    hidden = next(modules)(hidden)
+                    if not self._head.confirms(reading):
+                        return self._loss_of(hidden, after, target), False
+                next(modules)  # is the next part, or the last layer
         loss = self._head.step(hidden, target)
         if loss is not None:
             self._loop_plan = "head"
@@ -223,11 +226,15 @@ class TrainStep:
         if loss is not None:
             self._loop_plan = "head"
             return loss, False
-        return self._loss_of(linear(hidden), flatten, target), False
+        return self._loss_of(linear(hidden), after, target), False
 
-    def _loss_of(self, output: Any, flatten: _Call | None, target: Tensor) -> Tensor:
-        if flatten is not None:
-            output = flatten(output)
+    def _loss_of(self, output: Any, after: list[Any], target: Tensor) -> Tensor:
+        for step in reversed(after):
+            if callable(step):
+                output = step(output)
+            else:  # a Sequential's other modules
+                for module in step:
+                    output = module(output)
         return self._loss_function(output, target)  # type: ignore[misc]
 
     def _last_lines(self, loss: Tensor) -> Tensor:

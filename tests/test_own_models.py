@@ -886,6 +886,71 @@ def test_what_a_module_of_a_sequential_changes_in_it_is_seen(change):
     torch.testing.assert_close(loss, expected, rtol=B * EPS, atol=8 * EPS)
 
 
+def outer_stack(inside: nn.Module, *after: nn.Module) -> nn.Sequential:
+    """A Sequential within one, in which `inside` knows the outer one."""
+    layer = nn.Linear(I, 1) if after else nn.Linear(I, O)
+    net = nn.Sequential(nn.Sequential(nn.Linear(I, I), inside, layer), *after).to(DEVICE)
+    inside.__dict__["around"] = net
+    return net
+
+
+@pytest.mark.parametrize("after", [(), (nn.Flatten(0),)], ids=["", "flattened"])
+@pytest.mark.parametrize(
+    "change", [lambda net: net.append(nn.ReLU()), lambda net: net.pop(-1)], ids=["append", "pop"]
+)
+def test_sequential_that_changes_its_size_while_it_runs_fails_as_in_the_plain_loop(change, after):
+    model = outer_stack(Meddling(change), *after)
+    inner = model[0]
+    before = copy.deepcopy(inner.state_dict())
+    x, t = batch()
+    step = fused_step.TrainStep(model, nn.MSELoss(), sgd(model))
+    with pytest.raises(RuntimeError, match=r"changed size|mutated during"):
+        step(x, t[:, 0] if after else t)
+    for name, value in inner.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
+def test_flatten_that_a_module_replaces_further_out_is_not_called():
+    def replace(net):
+        net[1] = nn.Unflatten(1, (1, 1))
+
+    models = []
+    for _ in range(2):
+        torch.manual_seed(4)
+        models.append(outer_stack(Meddling(replace), nn.Flatten(0)))
+    model, other = models
+    x, _ = batch()
+    t = torch.ones(B, 1, 1, device=DEVICE)
+    step = fused_step.TrainStep(model, nn.MSELoss(), sgd(model))
+    expected = plain_step(other, nn.MSELoss(), sgd(other), x, t)
+    torch.testing.assert_close(step(x, t), expected)
+
+
+class Stepping(nn.Module):
+    """Changes the model around it, and makes a step of that, once."""
+
+    def forward(self, x):
+        around, step = self.__dict__["around"], self.__dict__.pop("step", None)
+        if step is not None:
+            around[2] = nn.Sequential(around[2], nn.Tanh())
+            step(torch.ones(B, I, device=DEVICE), torch.ones(B, O, device=DEVICE))
+        return x
+
+
+def test_step_within_a_step_that_has_read_another_model():
+    losses = []
+    for is_plain in (False, True):
+        torch.manual_seed(4)
+        net = stack(Stepping()).to(DEVICE)
+        optimizer = sgd(net)
+        step = fused_step.TrainStep(net, nn.MSELoss(), optimizer)
+        plain = functools.partial(plain_step, net, nn.MSELoss(), optimizer)
+        one = plain if is_plain else step
+        net[1].__dict__.update(around=net, step=one)
+        losses.append(one(*batch()))
+    torch.testing.assert_close(*losses)
+
+
 def test_hidden_layer_does_not_outlive_the_forward_pass():
     class Watched(Layers):
         def forward(self, x):
@@ -1013,6 +1078,33 @@ def test_only_the_lines_of_forward_are_read(tmp_path):
         kind = imported(path)
     path.write_text(SOURCE + "\n(")
     assert_trains_like_plain(made(kind), HEAD)  # a warning is an error here
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["k = '\\d'", "assert (x is not None, 'no input')", "k = x is 2", "k = x is not 'a'"],
+)
+def test_warnings_of_the_compiler_are_not_given_again(tmp_path, line):
+    path = tmp_path / "net.py"
+    path.write_text(SOURCE.replace("        return", f"        {line}\n        return"))
+    with pytest.warns((SyntaxWarning, DeprecationWarning)):
+        kind = imported(path)
+    assert_trains_like_plain(made(kind), HEAD)  # a warning is an error here
+
+
+class Outer:
+    class Inner(Layers):
+        def forward(self, x):
+            self.name = (lambda: None).__qualname__
+            return self.last(self.first(x))
+
+
+def test_names_of_functions_within_are_their_own():
+    model = made(Outer.Inner)
+    step = fused_step.TrainStep(model, nn.MSELoss(), sgd(model))
+    step(*batch())
+    assert step.plan == "head"
+    assert model.name == "Outer.Inner.forward.<locals>.<lambda>"
 
 
 class KeyErrors:

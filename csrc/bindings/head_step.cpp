@@ -57,6 +57,7 @@ bool HeadStep::read(Verdict& v) {
   Watch watch = std::move(watch_);
   watch.clear();
   Reading reading;
+  reading.number = ++readings_;
   if (loss_function_.is_none()) return v.reject("the model gives its loss itself");
   LinearModel& model = reading.model;
   const bool has_layer = read_last_layer(model_.ptr(), v, watch, model, reading.body);
@@ -126,6 +127,13 @@ at::Tensor HeadStep::target_of(const at::Tensor& hidden, const at::Tensor& targe
   return unflattened(target, hidden.sizes(), weight.size(0), model.flattening);
 }
 
+bool HeadStep::Reading::has_body() const {
+  for (const BodyPart& part : body) {
+    if (part.does_something()) return true;
+  }
+  return false;
+}
+
 py::object HeadStep::parts() {
   Verdict verdict(nullptr);
   if (!read(verdict)) return py::none();
@@ -135,30 +143,35 @@ py::object HeadStep::parts() {
   py::tuple body(reading_.body.size());
   for (size_t k = 0; k < reading_.body.size(); ++k) {
     const BodyPart& part = reading_.body[k];
-    const bool is_sequential = part.last.module == nullptr;
-    body[k] = py::make_tuple(
-        is_sequential ? or_none(part.module)
-                      : py::reinterpret_steal<py::object>(method_before(part.last, part.module)),
-        or_none(part.last.module), part.calls, or_none(part.flatten));
+    if (part.last.module == nullptr) {
+      body[k] = py::make_tuple(py::handle(part.module), py::none(), part.calls, py::none());
+    } else if (part.last.code == nullptr) {
+      body[k] = py::make_tuple(py::none(), py::none(), 0, or_none(part.last.flatten));
+    } else {
+      const auto method = py::reinterpret_steal<py::object>(method_before(part.last, part.module));
+      body[k] = py::make_tuple(method, py::handle(part.last.module), 0, or_none(part.last.flatten));
+    }
   }
-  const LinearModel& model = reading_.model;
-  return py::make_tuple(body, py::handle(model.linear), or_none(model.flatten));
+  return py::make_tuple(body, py::handle(reading_.model.linear), reading_.number);
 }
 
-bool HeadStep::confirms() {
+bool HeadStep::confirms(int64_t number) {
+  if (number != reading_.number) return false;  // a step within that step has read another model
   Verdict verdict(nullptr);
   if (watch_.unchanged()) return read(verdict);
   const std::vector<BodyPart> body = reading_.body;
   const PyObject *const linear = reading_.model.linear, *const flatten = reading_.model.flatten;
-  return read(verdict) && reading_.body == body && reading_.model.linear == linear &&
-         reading_.model.flatten == flatten;
+  const bool is_same = read(verdict) && reading_.body == body && reading_.model.linear == linear &&
+                       reading_.model.flatten == flatten;
+  if (is_same) reading_.number = number;
+  return is_same;
 }
 
 py::object HeadStep::step(py::handle hidden, py::handle target) {
   Verdict verdict(nullptr);
   // Without anything before it the layer is the model, and LinearStep has looked at that.
   if (!is_exact_tensor(hidden.ptr()) || tensor_of(hidden.ptr()).requires_grad() || !read(verdict) ||
-      reading_.body.empty()) {
+      !reading_.has_body()) {
     return py::none();
   }
   // Another layer at the same address is read anew by LinearStep itself.
@@ -219,7 +232,7 @@ std::pair<bool, std::vector<std::string>> HeadStep::explain(py::handle input, py
   std::vector<std::string> reasons;
   Verdict verdict(&reasons);
   if (read(verdict)) {
-    check(reading_.body.empty() ? input.ptr() : nullptr, target.ptr(), verdict);
+    check(!reading_.has_body() ? input.ptr() : nullptr, target.ptr(), verdict);
   }
   return {verdict.applies(), reasons};
 }

@@ -23,15 +23,16 @@ class HeadStep {
   HeadStep(pybind11::handle model, pybind11::handle loss_function, pybind11::handle optimizer)
       : model_(model), loss_function_(loss_function), optimizer_(optimizer) {}
 
-  // What comes before the last layer, that layer, and a callable that flattens its output or None;
-  // None instead of all that where the head is not fused. A part is (method, module, 0, flatten) of
-  // a forward() without its last call, which gives the module that would be called, `module` as far
-  // as is known, and its argument; or (sequential, None, calls, flatten), so many of its modules.
-  // `flatten` is for the result of that last call, or of the whole Sequential.
+  // The modules on the way to the last layer, that layer, and the number of this reading; None
+  // where the head is not fused. Each is (method, module, 0, flatten), of a forward() without its
+  // last call, which gives the module that would be called, `module` as far as is known, and its
+  // argument; or (None, None, 0, flatten), of one that only has that call; or (sequential, None,
+  // calls, None), so many of whose modules come before the next one. `flatten` is for what the last
+  // call gives.
   pybind11::object parts();
 
-  // Whether the way to the last layer is still what parts() gave, whose result is alive.
-  bool confirms();
+  // Whether the way to the last layer is still the one of that number, whose parts are alive.
+  bool confirms(int64_t number);
 
   // `hidden` is what the parts before the last layer gave. The whole rest of the step, by a plan
   // of that layer, if `hidden` needs no gradient; None, and nothing changed, where that is not so.
@@ -49,7 +50,10 @@ class HeadStep {
  private:
   struct Reading {
     LinearModel model;
-    std::vector<BodyPart> body;  // what comes before the last layer
+    std::vector<BodyPart> body;  // the way to the last layer
+    int64_t number = 0;
+
+    bool has_body() const;  // whether anything comes before the last layer
   };
 
   bool read(Verdict& verdict);
@@ -59,6 +63,7 @@ class HeadStep {
   pybind11::handle model_, loss_function_, optimizer_;
   Watch watch_;  // over what reading_ came from
   Reading reading_;
+  int64_t readings_ = 0;
   std::optional<LinearStep> layer_;  // of layer_of_
   PyObject* layer_of_ = nullptr;
 };

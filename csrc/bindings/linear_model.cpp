@@ -70,11 +70,12 @@ bool read_way_to_layer(PyObject* model, Verdict& v, Watch& watch, LinearModel& r
   const PythonObjects& o = python_objects();
   PyObject* last = model;
   const auto add = [&](const BodyPart& part, const char* whose) {
-    if (body == nullptr) {
+    if (body != nullptr) {
+      body->push_back(part);
+    } else if (part.does_something()) {
       return v.reject(std::string("the model is more than one nn.Linear: ") +
                       Py_TYPE(last)->tp_name + whose);
     }
-    body->push_back(part);
     return true;
   };
   const auto flatten = [&](Flattening how, PyObject* callable) {
@@ -90,10 +91,7 @@ bool read_way_to_layer(PyObject* model, Verdict& v, Watch& watch, LinearModel& r
       LastCall call;
       if (!read_last_call(last, v, watch, call)) return false;
       if (call.flatten != nullptr && !flatten(call.flattening, call.flatten)) return false;
-      if (call.code != nullptr &&
-          !add({last, call, 0, reading.flatten}, "'s forward does more than to call it")) {
-        return false;
-      }
+      if (!add({last, call, 0}, "'s forward does more than to call it")) return false;
       last = call.module;
       continue;
     }
@@ -106,12 +104,11 @@ bool read_way_to_layer(PyObject* model, Verdict& v, Watch& watch, LinearModel& r
     const py::object inner = py::reinterpret_steal<py::object>(PyMapping_Values(modules));
     Py_ssize_t count = PyList_GET_SIZE(inner.ptr());
     const auto module = [&](Py_ssize_t k) { return PyList_GET_ITEM(inner.ptr(), k); };
-    PyObject* const flatten_all = reading.flatten;  // done to what the whole Sequential gives
     if (count > 1 && flattens_two(module(count - 1), v, watch)) {
       --count;
       if (!flatten(Flattening::kOfTwo, module(count))) return false;
     }
-    if (count > 1 && !add({last, {}, count - 1, flatten_all}, " of several modules")) return false;
+    if (!add({last, {}, count - 1}, " of several modules")) return false;
     last = module(count - 1);
   }
   return read_layer(last, v, watch, reading);

@@ -27,13 +27,14 @@ struct LinearModel {
   bool may_be_kept = true;  // false: a value in it may change unseen (a partial's keywords)
 };
 
-// What comes before a model's last layer, as part of one module. References are borrowed.
+// A module on the way to a model's last layer, the outer ones first. References are borrowed.
 struct BodyPart {
   PyObject* module = nullptr;
-  LastCall last;                // of the module's forward(), which is run without it; or none:
-  Py_ssize_t calls = 0;         // so many modules of a Sequential are called
-  PyObject* flatten = nullptr;  // what is done to the result of the last call, or of the Sequential
+  LastCall last;         // of the module's forward(); or none:
+  Py_ssize_t calls = 0;  // of a Sequential, whose next module is on the way, too
 
+  // Whether anything is called before the next one.
+  bool does_something() const { return last.code != nullptr || calls > 0; }
   bool operator==(const BodyPart&) const = default;
 };
 

@@ -152,7 +152,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       .def(py::init<py::handle, py::handle, py::handle>(), py::arg("model"),
            py::arg("loss_function"), py::arg("optimizer"))
       .def("parts", &HeadStep::parts)
-      .def("confirms", &HeadStep::confirms)
+      .def("confirms", &HeadStep::confirms, py::arg("number"))
       .def("step", &HeadStep::step, py::arg("hidden"), py::arg("target"))
       .def("loss", &HeadStep::loss, py::arg("hidden"), py::arg("target"))
       .def("explain", &HeadStep::explain, py::arg("input"), py::arg("target"));
