@@ -205,9 +205,8 @@ class TrainStep:
             if flatten is not None:
                 after.append(flatten)
             if last is not None:
-                called, hidden = module(
-                    hidden
-                )  # forward() without its last call: what it would call
+                # forward() without its last call: what it would call, and on what.
+                called, hidden = module(hidden)
                 if called is not last or not self._head.confirms(reading):
                     return self._loss_of(called(hidden), after, target), False
             elif module is not None:
