@@ -23,6 +23,7 @@ from warnings import catch_warnings
 
 Step = ast.Return | ast.Assign | ast.AnnAssign
 Flatten = tuple[str, Callable[[Any], Any]]
+Forward = tuple[tuple[str, ...], CodeType | None, Flatten | None]
 
 # What may be done to the result [*, 1] of the last call; see csrc/bindings/flattening.h.
 _FLATTENINGS: dict[str, Flatten] = {
@@ -49,18 +50,15 @@ _NO_SOURCE = "has no source at hand that compiles to it"
 _FUTURES = [getattr(__future__, name).compiler_flag for name in __future__.all_feature_names]
 
 
-def read_forward(
-    function: FunctionType,
-) -> tuple[tuple[str, ...], CodeType | None, Flatten | None] | str | None:
+def read_forward(function: FunctionType) -> Forward | str | None:
     """What `function`, the forward() of a class, does last; or why that cannot be told.
-
-    None: not now, for want of memory or stack.
 
     Returns:
         The names by which it comes from self to the module that it calls last, whose result it
         returns. Its code without that call, which returns the module and the argument instead; None
         where that argument is forward()'s own and nothing else is done. How it flattens the result,
         and a callable that does so; None where it does not.
+        None alone: it could not be read just now, for want of memory or stack.
     """
     code = function.__code__
     if code.co_argcount != 2 or code.co_kwonlyargcount or code.co_flags & _NO_PLAIN_CALL:
@@ -79,9 +77,7 @@ def read_forward(
         return _NO_SOURCE
 
 
-def _read(
-    code: CodeType, block: list[str], module: dict[str, Any]
-) -> tuple[tuple[str, ...], CodeType | None, Flatten | None] | str:
+def _read(code: CodeType, block: list[str], module: dict[str, Any]) -> Forward | str:
     definition = _definition(code, _parse(code, block, ""))
     if _last_call(definition, code) is None:
         return "does not end in `return self.layer(...)`, its only return"

@@ -18,7 +18,9 @@ FACTOR = 0.5
 OF_LAYER = ("tiny", "one-pass")
 HEAD = ("head",)
 LOWER = ("optimizer",)
-EPS = torch.finfo(torch.float32).eps
+EPS = torch.finfo(
+    torch.float32
+).eps  # B of them: each term of a sum over the batch rounded another way
 
 
 class Layer(nn.Module):
