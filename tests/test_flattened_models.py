@@ -276,6 +276,26 @@ def test_more_than_two_dimensions_are_not_fused_where_all_become_one(make):
     assert_trains_like_plain(model, LOWER, x, t)
 
 
+@pytest.mark.filterwarnings("ignore:Using a target size")
+@pytest.mark.parametrize("make", OF_TWO_DIMENSIONS.values(), ids=OF_TWO_DIMENSIONS)
+def test_target_of_the_rows_shape_is_not_taken_where_all_dimensions_become_one(make):
+    model = made(make)
+    other = copy.deepcopy(model)
+    x, t = batch(4, 10)
+
+    def outcome(step):
+        try:
+            return step(x, t).item()
+        except RuntimeError as error:
+            return str(error)
+
+    ours = outcome(fused_step.TrainStep(model, nn.MSELoss(), sgd(model)))
+    theirs = sgd(other)
+    assert ours == outcome(lambda x, t: plain_step(other, nn.MSELoss(), theirs, x, t))
+    for a, b in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
 @pytest.mark.parametrize("rows", [(1,), (1, 5), (5, 1)])
 def test_squeeze_of_all_is_not_fused_where_rows_are_one(rows):
     x, t = batch(*rows)

@@ -151,6 +151,7 @@ def test_warnings_that_were_given_once_are_not_given_again(tmp_path):
     step = fused_step.TrainStep(model, nn.MSELoss(), sgd(model))
     with warnings.catch_warnings(record=True) as given:
         warnings.simplefilter("default")
+        model(x)
         for _ in range(4):
             step(x, t)
     assert step.plan == "head"
