@@ -16,32 +16,31 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
-from operator import methodcaller
+from operator import index, itemgetter, methodcaller
 from types import CodeType, FunctionType, ModuleType
 from typing import Any
 from warnings import catch_warnings
 
 Step = ast.Return | ast.Assign | ast.AnnAssign
 Flatten = tuple[str, Callable[[Any], Any]]
-Forward = tuple[tuple[str, ...], CodeType | None, Flatten | None]
+Path = tuple[str | int, ...]
+Forward = tuple[Path, CodeType | None, Flatten | None]
 
 # What may be done to the result [*, 1] of the last call; see csrc/bindings/flattening.h.
 _FLATTENINGS: dict[str, Flatten] = {
-    "squeeze(-1)": ("last", methodcaller("squeeze", -1)),
-    "squeeze(1)": ("of two", methodcaller("squeeze", 1)),
-    "flatten()": ("of two", methodcaller("flatten")),
-    "flatten(0)": ("of two", methodcaller("flatten", 0)),
-    "view(-1)": ("of two", methodcaller("view", -1)),
-    "reshape(-1)": ("of two", methodcaller("reshape", -1)),
-    "squeeze()": ("all ones", methodcaller("squeeze")),
+    ".squeeze(-1)": ("last", methodcaller("squeeze", -1)),
+    ".squeeze(dim=-1)": ("last", methodcaller("squeeze", dim=-1)),
+    "[..., 0]": ("last", itemgetter((..., 0))),
+    ".squeeze(1)": ("of two", methodcaller("squeeze", 1)),
+    ".squeeze(dim=1)": ("of two", methodcaller("squeeze", dim=1)),
+    ".flatten()": ("of two", methodcaller("flatten")),
+    ".flatten(0)": ("of two", methodcaller("flatten", 0)),
+    ".view(-1)": ("of two", methodcaller("view", -1)),
+    ".reshape(-1)": ("of two", methodcaller("reshape", -1)),
+    "[:, 0]": ("of two", itemgetter((slice(None), 0))),
+    ".squeeze()": ("all ones", methodcaller("squeeze")),
 }
-_NO_PLAIN_CALL = (
-    inspect.CO_VARARGS
-    | inspect.CO_VARKEYWORDS
-    | inspect.CO_GENERATOR
-    | inspect.CO_COROUTINE
-    | inspect.CO_ASYNC_GENERATOR
-)
+_NO_PLAIN_CALL = inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR
 # The compiler warns of escapes in strings, asserted tuples and identity with literals; that was
 # done when the module was imported.
 _MAY_WARN = re.compile(r"""\\|\bassert\s*\(|\bis(\s+not)?\s+[-\d'"(\[{]""")
@@ -54,15 +53,15 @@ def read_forward(function: FunctionType) -> Forward | str | None:
     """What `function`, the forward() of a class, does last; or why that cannot be told.
 
     Returns:
-        The names by which it comes from self to the module that it calls last, whose result it
-        returns. Its code without that call, which returns the module and the argument instead; None
-        where that argument is forward()'s own and nothing else is done. How it flattens the result,
-        and a callable that does so; None where it does not.
+        The names, and numbers in brackets, by which it comes from self to the module that it calls
+        last, whose result it returns. Its code without that call, which returns the module and the
+        argument instead; None where that argument is forward()'s own and nothing else is done. How
+        it flattens the result, and a callable that does so; None where it does not.
         None alone: it could not be read just now, for want of memory or stack.
     """
     code = function.__code__
-    if code.co_argcount != 2 or code.co_kwonlyargcount or code.co_flags & _NO_PLAIN_CALL:
-        return "takes something else than one input"
+    if code.co_argcount < 2 or code.co_flags & _NO_PLAIN_CALL:
+        return "takes no input, or is no plain function"
     try:
         linecache.checkcache(code.co_filename)
         lines = linecache.getlines(code.co_filename, function.__globals__)
@@ -92,7 +91,9 @@ def _read(code: CodeType, block: list[str], module: dict[str, Any]) -> Forward |
 def _code_without(last: _LastCall, code: CodeType, tree: ast.Module) -> CodeType | None:
     """What `tree`, in which the call is, has beside it; None where that is nothing."""
     (argument,) = last.call.args
-    if all(map(_is_docstring, last.before)) and _is_argument(argument, 1, code):
+    calls_only = all(map(_is_docstring, last.before)) and _is_argument(argument, 1, code)
+    takes_one = code.co_argcount == 2 and not code.co_kwonlyargcount
+    if calls_only and takes_one and all(isinstance(step, str) for step in last.path):
         return None
     if last.flattened is not None:
         step, value = last.flattened
@@ -166,7 +167,7 @@ class _LastCall:
     before: list[ast.stmt]  # what comes before `step`
     step: Step  # whose value the call is, or is made of
     call: ast.Call
-    path: tuple[str, ...]
+    path: Path
     flatten: Flatten | None
     flattened: tuple[Step, ast.expr] | None  # the statement that does that, and what it flattens
 
@@ -184,10 +185,10 @@ def _last_call(definition: ast.FunctionDef, code: CodeType) -> _LastCall | None:
             return None
         value = step.value
         match value:
-            case ast.Call(func=ast.Attribute(value=receiver, attr=name), args=numbers, keywords=[]):
-                method = f"{name}({', '.join(map(ast.unparse, numbers))})"
-                if flatten is None and method in _FLATTENINGS:
-                    flatten, flattened, value = _FLATTENINGS[method], (step, receiver), receiver
+            case ast.Call(func=ast.Attribute(value=receiver)) | ast.Subscript(value=receiver):
+                how = ast.unparse(value).removeprefix(ast.unparse(receiver))
+                if flatten is None and how in _FLATTENINGS:
+                    flatten, flattened, value = _FLATTENINGS[how], (step, receiver), receiver
         match value:
             case ast.Name(id=name) if _is_local(name, code):
                 result = name
@@ -221,14 +222,21 @@ def _is_local(name: str, code: CodeType) -> bool:
     return name in code.co_varnames and name not in code.co_cellvars
 
 
-def _path(function: ast.expr, code: CodeType) -> tuple[str, ...]:
-    """The names in ``self.name.name``; none of anything else, or where they are mangled."""
-    names: list[str] = []
-    while isinstance(function, ast.Attribute):
-        names.insert(0, function.attr)
-        function = function.value
-    is_of_self = _is_argument(function, 0, code)
-    return tuple(names) if is_of_self and set(names) <= set(code.co_names) else ()
+def _path(function: ast.expr, code: CodeType) -> Path:
+    """What is in ``self.name.name[-1]``; nothing of anything else, or where names are mangled."""
+    path: list[str | int] = []
+    while True:
+        match function:
+            case ast.Attribute(value=owner, attr=name) if name in code.co_names:
+                path.insert(0, name)
+            case ast.Subscript(value=owner):
+                try:
+                    path.insert(0, index(ast.literal_eval(function.slice)))
+                except (TypeError, ValueError):
+                    return ()
+            case _:
+                return tuple(path) if _is_argument(function, 0, code) else ()
+        function = owner
 
 
 def _is_argument(node: ast.expr, position: int, code: CodeType) -> bool:

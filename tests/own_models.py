@@ -118,6 +118,16 @@ class Decorated(Layer):
         return self.last(x)
 
 
+class OfSubclass(nn.Sequential):
+    def __init__(self) -> None:
+        super().__init__(nn.Linear(I, O))
+
+
+class LinearOfItsOwn(nn.Linear):
+    def __init__(self) -> None:
+        super().__init__(I, O)
+
+
 ONLY_LAYER = [
     Returned,
     Documented,
@@ -130,6 +140,8 @@ ONLY_LAYER = [
     ByPath,
     OfSequential,
     Decorated,
+    OfSubclass,
+    LinearOfItsOwn,
 ]
 
 # --- forward() that does something before -------------------------------------------------------
@@ -235,7 +247,49 @@ def with_closure(factor: float) -> type[nn.Module]:
     return Closing
 
 
+class Perceptron(nn.Sequential):
+    def __init__(self) -> None:
+        super().__init__(nn.Linear(I, HIDDEN), nn.ReLU(), LinearOfItsOwn())
+        self[-1].weight = nn.Parameter(torch.randn(O, HIDDEN))
+
+
+class OfList(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(I, HIDDEN), nn.Linear(HIDDEN, O)])
+
+    def forward(self, x):
+        for layer in self.layers[:-1]:
+            x = torch.relu(layer(x))
+        return self.layers[-1](x)
+
+
+class OfListOfBlocks(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([nn.Sequential(nn.Tanh(), Returned())])
+
+    def forward(self, x):
+        return self.blocks[0][1].last(x)
+
+
+class Optional(Layers):
+    def forward(self, x, factor=2.0, *more, mask=None, **options):
+        hidden = torch.tanh(factor * self.first(x))
+        return self.last(hidden if mask is None else hidden * mask)
+
+
+class OnlyOptional(Layer):
+    def forward(self, x, mask=None):
+        return self.last(x)
+
+
 MORE_THAN_LAYER = [
+    Perceptron,
+    OfList,
+    OfListOfBlocks,
+    Optional,
+    OnlyOptional,
     Nested,
     InLines,
     Residual,

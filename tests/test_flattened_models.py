@@ -55,6 +55,27 @@ class Reshaped(Layer):
         return self.last(x).reshape(-1)
 
 
+class SqueezedByKeyword(Layer):
+    def forward(self, x):
+        return self.last(x).squeeze(dim=-1)
+
+
+class SqueezedOneByKeyword(Layer):
+    def forward(self, x):
+        return self.last(x).squeeze(dim=1)
+
+
+class Column(Layer):
+    def forward(self, x):
+        return self.last(x)[:, 0]
+
+
+class LastColumn(Layer):
+    def forward(self, x):
+        y = self.last(x)
+        return y[..., 0]
+
+
 class AllSqueezed(Layer):
     def forward(self, x):
         return self.last(x).squeeze()
@@ -97,11 +118,15 @@ OF_TWO_DIMENSIONS = {
     "view(-1)": Viewed,
     "reshape(-1)": Reshaped,
     "renamed": Renamed,
+    "squeeze(dim=1)": SqueezedOneByKeyword,
+    "[:, 0]": Column,
     "nn.Flatten(0)": lambda: nn.Sequential(nn.Linear(I, 1), nn.Flatten(0)),
     "nn.Flatten(0, 1)": lambda: nn.Sequential(nn.Linear(I, 1), nn.Flatten(0, 1)),
 }
 ONE_LAYER = OF_TWO_DIMENSIONS | {
     "squeeze(-1)": Squeezed,
+    "squeeze(dim=-1)": SqueezedByKeyword,
+    "[..., 0]": LastColumn,
     "squeeze()": AllSqueezed,
     "named": NamedFirst,
     "named twice": NamedTwice,
@@ -179,9 +204,10 @@ class Seen(Layer):
         return out.squeeze(-1)
 
 
-class WithKeyword(Layer):
+class OfVariable(Layer):
     def forward(self, x):
-        return self.last(x).squeeze(dim=-1)
+        column = 0
+        return self.last(x)[:, column]
 
 
 class OwnFlatten(nn.Flatten):
@@ -196,7 +222,7 @@ OTHERS = {
     "transposed": Transposed,
     "kept": Kept,
     "seen": Seen,
-    "keyword": WithKeyword,
+    "of a variable": OfVariable,
     "subclass": lambda: nn.Sequential(nn.Linear(I, 1), OwnFlatten(0)),
 }
 
@@ -334,6 +360,11 @@ def test_more_outputs_are_not_squeezed():
     model = made(lambda: Squeezed(3))
     x, _ = batch(B)
     assert_trains_like_plain(model, LOWER, x, x[:, :3].clone())
+
+
+@pytest.mark.parametrize("make", [Column, LastColumn])
+def test_first_of_more_outputs_is_no_flattening(make):
+    assert_trains_like_plain(made(lambda: make(3)), LOWER, *batch(B))
 
 
 class Replacing(nn.Module):

@@ -87,9 +87,45 @@ class Anything(Layer):
         return self.last(*args)
 
 
-class Optional(Layer):
-    def forward(self, x, factor=1.0):
-        return self.last(x * factor)
+class ByNumber(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers, self.number = nn.ModuleList([nn.Linear(I, O)]), 0
+
+    def forward(self, x):
+        return self.layers[self.number](x)
+
+
+class OutOfRange(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = ListOfItsOwn([nn.Linear(I, O)])
+
+    def forward(self, x):
+        return self.layers[7](x)
+
+
+class ListOfItsOwn(nn.ModuleList):
+    def __getitem__(self, number):
+        return super().__getitem__(0)
+
+
+class TurnedAround(nn.Sequential):
+    def __init__(self) -> None:
+        super().__init__(nn.Linear(O, O), nn.Linear(I, O))
+
+    def __iter__(self):
+        return reversed(list(super().__iter__()))
+
+
+class WithProperty(nn.Linear):
+    def __init__(self) -> None:
+        super().__init__(I, O)
+        self.scale = 2.0
+
+    @property
+    def weight(self):
+        return self.scale * self._parameters["weight"]
 
 
 class Kept(Layer):
@@ -253,7 +289,10 @@ NOT_READ = [
     Keywords,
     Starred,
     Anything,
-    Optional,
+    ByNumber,
+    OutOfRange,
+    TurnedAround,
+    WithProperty,
     Kept,
     KeptWithin,
     KeptInput,
@@ -327,7 +366,9 @@ def test_class_whose_forward_is_not_read_trains_like_the_plain_loop(kind):
     ("kind", "reason"),
     [
         (Scaled, "in Scaled, whose forward does not end in `return self.layer"),
-        (Optional, "in Optional, whose forward takes something else than one input"),
+        (Anything, "in Anything, whose forward takes no input, or is no plain function"),
+        (TurnedAround, "a Sequential has an __iter__ of its own"),
+        (WithProperty, "the layer's weight and bias are not Parameters of its own"),
         (OfMethod, "in OfMethod, whose forward does not end in a call of one of its modules"),
         (Lambda, "in Lambda, whose forward has no source at hand that compiles to it"),
         (Called, "in Called, whose calls or attributes are not those of nn.Module"),

@@ -25,6 +25,8 @@ from own_models import (
     Named,
     Nested,
     O,
+    OfList,
+    Optional,
     Returned,
     alike,
     assert_trains_like_plain,
@@ -78,6 +80,59 @@ def test_module_that_is_replaced_is_called(kind, is_linear):
         owner.last = copy.deepcopy(new).to(DEVICE)
 
     alike(made(kind), change)
+
+
+@pytest.mark.parametrize("change", ["item", "longer", "list"])
+def test_list_of_modules_that_changes_is_gone_through_as_python_does(change):
+    def made_other(*modules):
+        torch.manual_seed(9)
+        return nn.Linear(*modules).to(DEVICE)
+
+    def make_change(model):
+        if change == "item":
+            model.layers[1] = nn.Sequential(made_other(HIDDEN, O), nn.Tanh())
+        elif change == "longer":
+            model.layers.append(made_other(O, O))
+        else:
+            model.layers = nn.ModuleList([made_other(I, 4), made_other(4, O)])
+
+    step = alike(made(OfList), make_change)
+    assert step.plan == ("optimizer" if change == "item" else "head")
+
+
+@pytest.mark.parametrize("defaults", ["__defaults__", "__kwdefaults__"])
+@pytest.mark.parametrize("within", [False, True], ids=["between steps", "within a step"])
+def test_other_defaults_of_forward_are_taken(defaults, within, monkeypatch):
+    value = (0.5,) if defaults == "__defaults__" else {"mask": torch.tensor(0.5, device=DEVICE)}
+
+    def change(_=None):
+        monkeypatch.setattr(Optional.forward, defaults, value)
+
+    class Changing(nn.Module):
+        def forward(self, x):
+            self.calls = getattr(self, "calls", 0) + 1
+            if self.calls == 4:
+                change()
+            return x
+
+    model = made(Optional)
+    if within:
+        model = nn.Sequential(Changing(), model)
+    old = getattr(Optional.forward, defaults)
+    other = copy.deepcopy(model)
+    ours, theirs = sgd(model), sgd(other)
+    x, t = batch()
+    step = fused_step.TrainStep(model, nn.MSELoss(), ours)
+    for number in range(5):
+        if number == 3:
+            monkeypatch.setattr(Optional.forward, defaults, old)
+            if not within:
+                change()
+        loss = step(x, t)
+        if number == 3 and within:
+            monkeypatch.setattr(Optional.forward, defaults, old)
+        expected = plain_step(other, nn.MSELoss(), theirs, x, t)
+        torch.testing.assert_close(loss, expected, rtol=B * EPS, atol=8 * EPS)
 
 
 @pytest.mark.parametrize("kind", [Returned, Nested, ByPath])

@@ -532,7 +532,7 @@ class Positional:
             "sum",
             ONE_PASS,
         ),
-        (lambda output, target: F.mse_loss(output, target), "mean", ("optimizer",)),
+        (lambda output, target: F.mse_loss(output, target), "mean", ONE_PASS),
         (Positional().loss, "sum", ("optimizer",)),
     ],
     ids=["MSELoss", "MSELoss sum", "F", "partial", "mean", "sum", "nested", "lambda", "method"],

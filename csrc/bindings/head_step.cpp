@@ -61,11 +61,11 @@ bool HeadStep::read(Verdict& v) {
   if (loss_function_.is_none()) return v.reject("the model gives its loss itself");
   LinearModel& model = reading.model;
   const bool has_layer = read_last_layer(model_.ptr(), v, watch, model, reading.body);
-  const bool has_loss =
-      (has_layer || v.explains()) && read_loss(loss_function_.ptr(), model_.ptr(), v, watch, model);
+  const bool has_loss = (has_layer || v.explains()) &&
+                        read_loss(loss_function_.ptr(), model_.ptr(), v, watch, reading.error);
   reading_ = std::move(reading);
   // What explain() has read is not kept: with a reason against it, it is not complete.
-  if (!has_layer || !has_loss || v.explains() || !reading_.model.may_be_kept) watch.clear();
+  if (!has_layer || !has_loss || v.explains() || !reading_.error.may_be_kept) watch.clear();
   watch_ = std::move(watch);
   return has_layer && has_loss;
 }
@@ -209,8 +209,8 @@ py::object HeadStep::loss(py::handle hidden, py::handle target) {
     {
       const at::AutoDispatchBelowADInplaceOrView below;
       result = linear_mse(input, weight, bias, rows,
-                          model.reduction == Reduction::kMean ? "mean" : "sum", of_input, of_weight,
-                          of_bias, /*need_dy=*/false);
+                          reading_.error.reduction == Reduction::kMean ? "mean" : "sum", of_input,
+                          of_weight, of_bias, /*need_dy=*/false);
     }
     auto& [made_loss, dinput, dweight, dbias, dy] = result;
     loss = std::move(made_loss);

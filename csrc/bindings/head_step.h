@@ -12,6 +12,7 @@
 
 #include "bindings/linear_model.h"
 #include "bindings/linear_step.h"
+#include "bindings/squared_error.h"
 #include "bindings/verdict.h"
 #include "bindings/watch.h"
 
@@ -50,6 +51,7 @@ class HeadStep {
  private:
   struct Reading {
     LinearModel model;
+    SquaredError error;
     std::vector<BodyPart> body;  // the way to the last layer
     int64_t number = 0;
 

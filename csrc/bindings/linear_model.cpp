@@ -3,6 +3,7 @@
 
 #include <pybind11/cast.h>
 
+#include <optional>
 #include <string>
 
 #include "bindings/python_bridge.h"
@@ -16,26 +17,35 @@ namespace {
 
 bool check_functional(Verdict& v, Watch& watch) {
   const PythonObjects& o = python_objects();
+  bool is_replaced = get_item(o.functional, o.names.linear) != o.linear_function ||
+                     get_item(o.functional, o.names.mse_loss) != o.mse_loss_function;
   watch.dict(o.functional);
-  return !v.against(get_item(o.functional, o.names.linear) != o.linear_function ||
-                        get_item(o.functional, o.names.mse_loss) != o.mse_loss_function,
-                    "F.linear or F.mse_loss has been replaced");
+  for (PyObject* user : o.functional_users) {
+    is_replaced |= get_item(user, o.names.F) != o.functional_module;
+    watch.dict(user);
+  }
+  return !v.against(is_replaced, "F.linear or F.mse_loss has been replaced");
 }
 
 bool read_layer(PyObject* linear, Verdict& v, Watch& watch, LinearModel& reading) {
   const PythonObjects& o = python_objects();
   const Names& n = o.names;
   const py::object dict = dict_of(linear);
-  if (!check_module(linear, dict.ptr(), o.linear, "the linear layer", v, watch)) return false;
+  const ModuleClass as_linear = *class_like(Py_TYPE(linear), o.linear);
+  if (!check_module(linear, dict.ptr(), as_linear, "the linear layer", v, watch)) return false;
   PyObject* const parameters = get_item(dict.ptr(), n.parameters);
   watch.dict(parameters);
   PyObject* const weight = parameters != nullptr && PyDict_CheckExact(parameters)
                                ? get_item(parameters, n.weight)
                                : nullptr;
   PyObject* const bias = weight != nullptr ? get_item(parameters, n.bias) : nullptr;
-  // An attribute of the same name in __dict__ hides the parameter (pruning, FSDP).
-  const bool hidden =
-      get_item(dict.ptr(), n.weight) != nullptr || get_item(dict.ptr(), n.bias) != nullptr;
+  // An attribute of the same name hides the parameter: in __dict__ (pruning, FSDP), or of the class
+  // (parametrizations).
+  bool hidden = false;
+  for (PyObject* name : {n.weight, n.bias}) {
+    hidden |=
+        get_item(dict.ptr(), name) != nullptr || _PyType_Lookup(as_linear.type, name) != nullptr;
+  }
   if (weight == nullptr || bias == nullptr || hidden || !is_tensor(weight) ||
       (bias != Py_None && !is_tensor(bias)))
     return v.reject("the layer's weight and bias are not Parameters of its own");
@@ -85,9 +95,10 @@ bool read_way_to_layer(PyObject* model, Verdict& v, Watch& watch, LinearModel& r
     reading.flatten = callable;
     return true;
   };
-  for (int depth = 0; Py_TYPE(last) != o.linear.type; ++depth) {
+  for (int depth = 0; !class_like(Py_TYPE(last), o.linear); ++depth) {
     if (depth == kMaxDepth) return v.reject("too many modules are nested");
-    if (Py_TYPE(last) != o.sequential.type) {
+    const std::optional<ModuleClass> as_sequential = class_like(Py_TYPE(last), o.sequential);
+    if (!as_sequential) {
       LastCall call;
       if (!read_last_call(last, v, watch, call)) return false;
       if (call.flatten != nullptr && !flatten(call.flattening, call.flatten)) return false;
@@ -96,7 +107,11 @@ bool read_way_to_layer(PyObject* model, Verdict& v, Watch& watch, LinearModel& r
       continue;
     }
     const py::object dict = dict_of(last);
-    if (!check_module(last, dict.ptr(), o.sequential, "a Sequential", v, watch)) return false;
+    if (!check_module(last, dict.ptr(), *as_sequential, "a Sequential", v, watch)) return false;
+    if (v.against(_PyType_Lookup(as_sequential->type, o.names.iter) != o.sequential_iter,
+                  "a Sequential has an __iter__ of its own")) {
+      return false;
+    }
     PyObject* const modules = modules_of(dict.ptr(), watch);
     if (modules == nullptr || PyDict_GET_SIZE(modules) == 0) {
       return v.reject("a Sequential is empty");
@@ -145,47 +160,6 @@ bool read_only_layer(PyObject* model, PyObject* loss, Verdict& v, Watch& watch,
 bool read_last_layer(PyObject* model, Verdict& v, Watch& watch, LinearModel& reading,
                      std::vector<BodyPart>& body) {
   return check_functional(v, watch) && read_way_to_layer(model, v, watch, reading, &body);
-}
-
-bool read_loss(PyObject* loss, PyObject* model, Verdict& v, Watch& watch, LinearModel& reading) {
-  const PythonObjects& o = python_objects();
-  const Names& n = o.names;
-  PyObject* reduction = n.mean;
-  py::object owner;
-  if (loss == Py_None) {
-    // The model is a LinearMSELoss, and its dictionary is watched.
-    owner = dict_of(model);
-    reduction = get_item(owner.ptr(), n.reduction);
-  } else if (Py_TYPE(loss) == o.mse_loss.type) {
-    owner = dict_of(loss);
-    if (!check_module(loss, owner.ptr(), o.mse_loss, "the loss", v, watch)) return false;
-    reduction = get_item(owner.ptr(), n.reduction);
-  } else if (Py_TYPE(loss) == o.partial) {
-    // functools.partial(F.mse_loss, reduction=...), whose keywords may change unseen.
-    reading.may_be_kept = false;
-    const py::handle partial(loss);
-    const py::object function = py::getattr(partial, "func"), args = py::getattr(partial, "args");
-    owner = py::getattr(partial, "keywords");
-    PyObject* const given = get_item(owner.ptr(), n.reduction);
-    if (function.ptr() != o.mse_loss_function || PyTuple_GET_SIZE(args.ptr()) != 0 ||
-        PyDict_GET_SIZE(owner.ptr()) != (given != nullptr ? 1 : 0))
-      return v.reject("the loss is a partial of something else than F.mse_loss with a reduction");
-    if (given != nullptr) reduction = given;
-  } else if (loss != o.mse_loss_function) {
-    return v.reject(std::string("the loss is ") + Py_TYPE(loss)->tp_name +
-                    ", not nn.MSELoss itself or F.mse_loss");
-  }
-  const auto is = [&](PyObject* name) {
-    return reduction == name || (reduction != nullptr && PyUnicode_CheckExact(reduction) &&
-                                 PyUnicode_Compare(reduction, name) == 0);
-  };
-  if (is(n.mean)) {
-    reading.reduction = Reduction::kMean;
-  } else if (is(n.sum)) {
-    reading.reduction = Reduction::kSum;
-  } else
-    return v.reject("the loss' reduction is neither 'mean' nor 'sum'");
-  return true;
 }
 
 }  // namespace fused_step

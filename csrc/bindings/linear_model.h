@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
-// Reads the Python side of a model that is, or ends in, one nn.Linear, and of its squared error: is
-// calling them nothing but F.linear and F.mse_loss on these tensors?
+// Reads the Python side of a model that is, or ends in, one nn.Linear: is calling that nothing but
+// F.linear on these tensors?
 #pragma once
 
 #include <Python.h>
@@ -11,7 +11,6 @@
 #include "bindings/module_call.h"
 #include "bindings/verdict.h"
 #include "bindings/watch.h"
-#include "core/params.h"
 
 namespace fused_step {
 
@@ -23,8 +22,6 @@ struct LinearModel {
   // What the model does to the layer's output, and a callable that does it.
   Flattening flattening = Flattening::kNone;
   PyObject* flatten = nullptr;
-  Reduction reduction = Reduction::kMean;
-  bool may_be_kept = true;  // false: a value in it may change unseen (a partial's keywords)
 };
 
 // A module on the way to a model's last layer, the outer ones first. References are borrowed.
@@ -52,10 +49,5 @@ bool read_only_layer(PyObject* model, PyObject* loss, Verdict& verdict, Watch& w
 // after that. `body` is what comes before it, in the order of the calls.
 bool read_last_layer(PyObject* model, Verdict& verdict, Watch& watch, LinearModel& reading,
                      std::vector<BodyPart>& body);
-
-// nn.MSELoss, F.mse_loss or a partial of it; None for that of a LinearMSELoss, whose layer
-// read_only_layer() has found.
-bool read_loss(PyObject* loss, PyObject* model, Verdict& verdict, Watch& watch,
-               LinearModel& reading);
 
 }  // namespace fused_step

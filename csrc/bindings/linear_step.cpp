@@ -20,6 +20,7 @@
 #include "bindings/memory.h"
 #include "bindings/python_bridge.h"
 #include "bindings/python_objects.h"
+#include "bindings/squared_error.h"
 
 namespace fused_step {
 
@@ -154,13 +155,14 @@ bool LinearStep::read_objects(Verdict& v, Reading& reading) {
   watch.clear();
   LinearModel layer;
   const bool model = read_only_layer(model_.ptr(), loss_function_.ptr(), v, watch, layer);
+  SquaredError error;
   const bool loss =
-      (model || v.explains()) && read_loss(loss_function_.ptr(), model_.ptr(), v, watch, layer);
+      (model || v.explains()) && read_loss(loss_function_.ptr(), model_.ptr(), v, watch, error);
   reading.sgd.weight.object = layer.weight;
   reading.sgd.bias.object = layer.bias;
-  reading.sgd.may_be_kept = layer.may_be_kept;
+  reading.sgd.may_be_kept = error.may_be_kept;
   reading.flattening = layer.flattening;
-  reading.reduction = layer.reduction;
+  reading.reduction = error.reduction;
   // Without a layer only the kind of optimizer can still be said.
   const PyTypeObject* const type = Py_TYPE(optimizer_.ptr());
   const bool has_groups =

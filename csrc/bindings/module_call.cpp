@@ -22,13 +22,11 @@ bool finds_attributes_as_module(PyTypeObject* type) {
          Py_TYPE(_PyType_Lookup(type, n.dict)) == &PyGetSetDescr_Type;
 }
 
-// A class that is called as nn.Module is, with the forward that it has now.
-ModuleClass class_with_forward(PyTypeObject* type) {
-  const PythonObjects& o = python_objects();
-  ModuleClass own = o.module;
-  own.type = type;
-  own.forward = _PyType_Lookup(type, o.names.forward);
-  return own;
+// Whether objects of `own.type` are called as nn.Module's are, with that forward.
+bool is_called_as_module(const ModuleClass& own) {
+  const Names& n = python_objects().names;
+  return finds_attributes_as_module(own.type) && own.is_as_imported(n) &&
+         _PyType_Lookup(own.type, n.compiled_call_impl) == Py_None;
 }
 
 // What read_forward() says of a function, found by its code; null where it could not read just now.
@@ -55,6 +53,22 @@ Flattening flattening_named(const std::string& name) {
   return name == "of two" ? Flattening::kOfTwo : Flattening::kAllOnes;
 }
 
+// The module at the place `number` in a ModuleList or Sequential; null where `owner` is none.
+PyObject* module_at(PyObject* owner, PyObject* number, Watch& watch) {
+  const PythonObjects& o = python_objects();
+  if (Py_TYPE(owner) != o.module_list && Py_TYPE(owner) != o.sequential.type) return nullptr;
+  const py::object dict = dict_of(owner);
+  watch.root(owner, dict.ptr());
+  PyObject* const modules = modules_of(dict.ptr(), watch);
+  if (modules == nullptr) return nullptr;
+  const py::object values = py::reinterpret_steal<py::object>(PyMapping_Values(modules));
+  int overflow = 0;
+  const Py_ssize_t size = PyList_GET_SIZE(values.ptr());
+  const Py_ssize_t k = PyLong_AsLongAndOverflow(number, &overflow);
+  if (overflow != 0 || k < -size || k >= size) return nullptr;
+  return PyList_GET_ITEM(values.ptr(), k < 0 ? k + size : k);
+}
+
 // The module that `name` is as an attribute of `owner`, null where it is something else.
 PyObject* module_named(PyObject* owner, PyObject* name, Watch& watch) {
   PyTypeObject* const type = Py_TYPE(owner);
@@ -76,6 +90,29 @@ PyObject* module_named(PyObject* owner, PyObject* name, Watch& watch) {
 }
 
 }  // namespace
+
+std::optional<ModuleClass> class_like(PyTypeObject* type, const ModuleClass& base) {
+  if (type == base.type) return base;
+  if (PyType_IsSubtype(type, base.type) == 0) return std::nullopt;
+  ModuleClass own = base;
+  own.type = type;
+  return is_called_as_module(own) ? std::optional(own) : std::nullopt;
+}
+
+std::optional<ModuleClass> own_class(PyTypeObject* type) {
+  const PythonObjects& o = python_objects();
+  ModuleClass own = o.module;
+  own.type = type;
+  own.forward = _PyType_Lookup(type, o.names.forward);
+  return is_called_as_module(own) ? std::optional(own) : std::nullopt;
+}
+
+bool are_as_imported(std::span<const TensorMethod> methods, PyTypeObject* type, Watch& watch) {
+  watch.type(type);
+  bool is_replaced = false;
+  for (const TensorMethod& m : methods) is_replaced |= _PyType_Lookup(type, m.name) != m.method;
+  return !is_replaced;
+}
 
 bool check_module(PyObject* module, PyObject* dict, const ModuleClass& module_class,
                   const char* name, Verdict& v, Watch& watch) {
@@ -118,29 +155,29 @@ bool read_last_call(PyObject* module, Verdict& v, Watch& watch, LastCall& call) 
     return v.reject(std::string("the model does not end in nn.Linear itself but in ") +
                     type->tp_name + ", whose " + why);
   };
-  const ModuleClass own = class_with_forward(type);
-  if (!finds_attributes_as_module(type) || !own.is_as_imported(o.names) ||
-      _PyType_Lookup(type, o.names.compiled_call_impl) != Py_None) {
-    return reject("calls or attributes are not those of nn.Module");
-  }
-  if (own.forward == nullptr || !PyFunction_Check(own.forward)) {
+  const std::optional<ModuleClass> own = own_class(type);
+  if (!own) return reject("calls or attributes are not those of nn.Module");
+  if (own->forward == nullptr || !PyFunction_Check(own->forward)) {
     return reject("forward is not a function of the class");
   }
   const py::object dict = dict_of(module);
-  if (!check_module(module, dict.ptr(), own, type->tp_name, v, watch)) return false;
-  const py::handle forward = forward_of(own.forward);
+  if (!check_module(module, dict.ptr(), *own, type->tp_name, v, watch)) return false;
+  const py::handle forward = forward_of(own->forward);
   if (!forward) return reject("forward could not be read: there is no memory or stack left");
-  watch.code(own.forward);
+  watch.code(own->forward);
+  watch.defaults(own->forward);
   if (PyUnicode_Check(forward.ptr())) return reject("forward " + forward.cast<std::string>());
   PyObject* const path = PyTuple_GET_ITEM(forward.ptr(), 0);
   PyObject* const code = PyTuple_GET_ITEM(forward.ptr(), 1);
   PyObject* const flattening = PyTuple_GET_ITEM(forward.ptr(), 2);
   PyObject* last = module;
   for (Py_ssize_t k = 0; k < PyTuple_GET_SIZE(path); ++k) {
-    last = module_named(last, PyTuple_GET_ITEM(path, k), watch);
+    PyObject* const step = PyTuple_GET_ITEM(path, k);
+    last = PyLong_Check(step) ? module_at(last, step, watch) : module_named(last, step, watch);
     if (last == nullptr) return reject("forward does not end in a call of one of its modules");
   }
-  call = {last, own.forward, code != Py_None ? code : nullptr};
+  call = {last, own->forward, code != Py_None ? code : nullptr,
+          PyFunction_GET_DEFAULTS(own->forward), PyFunction_GET_KW_DEFAULTS(own->forward)};
   if (flattening != Py_None) {
     call.flattening =
         flattening_named(py::handle(PyTuple_GET_ITEM(flattening, 0)).cast<std::string>());
@@ -151,12 +188,7 @@ bool read_last_call(PyObject* module, Verdict& v, Watch& watch, LastCall& call) 
 
 bool check_flattening(Verdict& v, Watch& watch) {
   const PythonObjects& o = python_objects();
-  watch.type(o.tensor);
-  bool is_replaced = false;
-  for (const FlattenMethod& m : o.flatten_methods) {
-    is_replaced |= _PyType_Lookup(o.tensor, m.name) != m.method;
-  }
-  return !v.against(is_replaced, "a method of torch.Tensor has been replaced");
+  return !v.against(!are_as_imported(o.flatten_methods, o.tensor, watch), kMethodReplaced);
 }
 
 PyObject* method_before(const LastCall& call, PyObject* self) {
@@ -167,7 +199,10 @@ PyObject* method_before(const LastCall& call, PyObject* self) {
   const py::object function =
       steal(PyFunction_New(call.code, PyFunction_GET_GLOBALS(call.forward)));
   PyObject* const closure = PyFunction_GET_CLOSURE(call.forward);
-  if (closure != nullptr && PyFunction_SetClosure(function.ptr(), closure) != 0) {
+  if ((closure != nullptr && PyFunction_SetClosure(function.ptr(), closure) != 0) ||
+      (call.defaults != nullptr && PyFunction_SetDefaults(function.ptr(), call.defaults) != 0) ||
+      (call.keyword_defaults != nullptr &&
+       PyFunction_SetKwDefaults(function.ptr(), call.keyword_defaults) != 0)) {
     throw py::error_already_set();
   }
   return steal(PyMethod_New(function.ptr(), self)).release().ptr();

@@ -5,12 +5,27 @@
 
 #include <Python.h>
 
+#include <optional>
+#include <span>
+
 #include "bindings/flattening.h"
 #include "bindings/python_objects.h"
 #include "bindings/verdict.h"
 #include "bindings/watch.h"
 
 namespace fused_step {
+
+// `base` of the class `type`, if that is `base` itself or a subclass that is called alike, with the
+// same forward().
+std::optional<ModuleClass> class_like(PyTypeObject* type, const ModuleClass& base);
+
+// The class of a module of the user's own, if its calls and attributes are nn.Module's and its
+// forward() is a function.
+std::optional<ModuleClass> own_class(PyTypeObject* type);
+
+// Whether these methods of torch.Tensor, or of a subclass, are those of PyTorch.
+bool are_as_imported(std::span<const TensorMethod> methods, PyTypeObject* type, Watch& watch);
+constexpr const char* kMethodReplaced = "a method of torch.Tensor has been replaced";
 
 // Of a module, with its __dict__, whose class is `module_class`: is calling it nothing but that
 // class' forward? `name` is what reasons call it.
@@ -29,6 +44,8 @@ struct LastCall {
   // forward() without that call: it returns the module and the argument. Lives as long as the
   // process. Null where the argument is forward()'s own input, and it does nothing else.
   PyObject* code = nullptr;
+  // Of the arguments after its input, as its function has them.
+  PyObject *defaults = nullptr, *keyword_defaults = nullptr;
   // What is done to the result, and a callable that does it, which lives as long as the process.
   Flattening flattening = Flattening::kNone;
   PyObject* flatten = nullptr;

@@ -3,6 +3,8 @@
 
 #include <pybind11/cast.h>
 
+#include <initializer_list>
+
 namespace fused_step {
 
 namespace py = pybind11;
@@ -24,9 +26,11 @@ Names make_names() {
           interned("__getattr__"),
           interned("__getattribute__"),
           interned("__dict__"),
+          interned("__iter__"),
           interned("_buffers"),
           interned("start_dim"),
           interned("end_dim"),
+          interned("F"),
           interned("_forward_hooks"),
           interned("_forward_pre_hooks"),
           interned("_backward_hooks"),
@@ -102,20 +106,29 @@ PythonObjects import_objects() {
   o.module_getattr = class_attribute(o.module.type, o.names.getattr);
   o.module_getattribute = class_attribute(o.module.type, o.names.getattribute);
   o.tensor = keep_type(import_module("torch").attr("Tensor"));
-  const char* const flatten_methods[] = {"squeeze", "flatten", "view", "reshape"};
-  for (int k = 0; k < 4; ++k) {
-    PyObject* const name = interned(flatten_methods[k]);
-    o.flatten_methods[k] = {name, class_attribute(o.tensor, name)};
-  }
+  const auto take_methods = [&](std::initializer_list<const char*> names, TensorMethod* methods) {
+    for (const char* name : names) {
+      PyObject* const key = interned(name);
+      *methods++ = {key, class_attribute(o.tensor, key)};
+    }
+  };
+  take_methods({"squeeze", "flatten", "view", "reshape", "__getitem__"}, o.flatten_methods);
+  take_methods({"__sub__", "__rsub__", "__mul__", "__pow__", "pow", "square", "mean", "sum"},
+               o.loss_methods);
   o.linear = make_module_class(nn.attr("Linear"), o.names);
   o.sequential = make_module_class(nn.attr("Sequential"), o.names);
+  o.sequential_iter = class_attribute(o.sequential.type, o.names.iter);
+  o.module_list = keep_type(nn.attr("ModuleList"));
   o.flatten = make_module_class(nn.attr("Flatten"), o.names);
   o.mse_loss = make_module_class(nn.attr("MSELoss"), o.names);
   o.sgd = keep_type(sgd);
   o.parameter = keep_type(nn.attr("Parameter"));
   o.partial = keep_type(import_module("functools").attr("partial"));
   o.sgd_zero_grad = class_attribute(o.sgd, o.names.zero_grad);
+  o.functional_module = keep(functional);
   o.functional = keep(functional.attr("__dict__"));
+  o.functional_users[0] = keep(import_module("torch.nn.modules.linear").attr("__dict__"));
+  o.functional_users[1] = keep(import_module("torch.nn.modules.loss").attr("__dict__"));
   o.linear_function = keep(functional.attr("linear"));
   o.mse_loss_function = keep(functional.attr("mse_loss"));
   o.global_module_hooks[0] = keep(module.attr("_global_forward_hooks"));
@@ -128,6 +141,8 @@ PythonObjects import_objects() {
   o.is_stock_sgd_step = keep(stock.attr("is_stock_sgd_step"));
   o.is_stock_init_group = keep(stock.attr("is_stock_init_group"));
   o.read_forward = keep(import_module("fused_step._forward").attr("read_forward"));
+  o.read_squared_error =
+      keep(import_module("fused_step._squared_error").attr("read_squared_error"));
   return o;
 }
 

@@ -11,7 +11,7 @@ namespace fused_step {
 // Attribute names and dictionary keys, interned: a lookup is then a pointer comparison.
 struct Names {
   PyObject *forward, *call, *call_impl, *wrapped_call_impl, *compiled_call_impl;
-  PyObject *getattr, *getattribute, *dict, *buffers, *start_dim, *end_dim;
+  PyObject *getattr, *getattribute, *dict, *iter, *buffers, *start_dim, *end_dim, *F;
   PyObject *forward_hooks, *forward_pre_hooks, *backward_hooks, *backward_pre_hooks;
   PyObject *parameters, *modules, *weight, *bias, *reduction, *mean, *sum;
   PyObject *param_groups, *state, *step, *zero_grad, *init_group;
@@ -31,8 +31,8 @@ struct ModuleClass {
   bool is_as_imported(const Names& names) const;
 };
 
-// A method of torch.Tensor that models flatten an output with, as it was at import.
-struct FlattenMethod {
+// A method of torch.Tensor, as it was at import.
+struct TensorMethod {
   PyObject *name, *method;
 };
 
@@ -41,20 +41,25 @@ struct PythonObjects {
   ModuleClass module, linear, sequential, flatten, mse_loss;
   // nn.Module's own way to find an attribute.
   PyObject *module_getattr, *module_getattribute;
-  PyTypeObject* tensor;
-  FlattenMethod flatten_methods[4];
+  PyObject* sequential_iter;
+  PyTypeObject *tensor, *module_list;
+  // What models flatten an output with, and what squared errors are written with.
+  TensorMethod flatten_methods[5], loss_methods[8];
   // fused_step.LinearMSELoss; its type is null until set_linear_mse_loss() was called.
   ModuleClass linear_mse_loss;
   PyTypeObject *sgd, *parameter, *partial;
   PyTypeObject* fused_sgd;  // fused_step.SGD; null until set_sgd() was called
   PyObject* sgd_zero_grad;
-  // torch.nn.functional's dictionary, and its functions as they were at import.
-  PyObject *functional, *linear_function, *mse_loss_function;
+  // torch.nn.functional, its dictionary, its functions as they were at import, and the dictionaries
+  // of the modules that nn.Linear and nn.MSELoss find it in.
+  PyObject *functional_module, *functional, *linear_function, *mse_loss_function;
+  PyObject* functional_users[2];
   // Dictionaries of hooks that hold for all modules, or for all optimizers.
   PyObject *global_module_hooks[4], *global_optimizer_hooks[2];
   // bool is_stock_...(function): see fused_step/_stock.py.
   PyObject *is_stock_sgd_step, *is_stock_init_group;
-  PyObject* read_forward;  // of fused_step/_forward.py
+  PyObject* read_forward;        // of fused_step/_forward.py
+  PyObject* read_squared_error;  // of fused_step/_squared_error.py
 };
 
 // Imports torch's modules on first use. Needs the GIL.

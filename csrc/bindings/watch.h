@@ -13,6 +13,8 @@
 #include <cstdint>
 #include <vector>
 
+#include "bindings/python_objects.h"
+
 namespace fused_step {
 
 // A number that is new, and unique in the process, at each change of a dictionary. 0, which stands
@@ -50,6 +52,10 @@ class Watch {
   }
   // A dictionary of another class, which may change without a new version.
   void unwatched(PyObject* dict) { entries_.push_back({Kind::kDict, nullptr, dict, 0}); }
+  // One entry of a dictionary whose others change all the time.
+  void item(PyObject* dict, PyObject* key, PyObject* value) {
+    entries_.push_back({Kind::kItem, dict, value, 0, key});
+  }
   // A class, which is kept alive elsewhere, with those that it inherits from.
   void type(PyTypeObject* type) {
     entries_.push_back({Kind::kClass, nullptr, reinterpret_cast<PyObject*>(type),
@@ -58,6 +64,11 @@ class Watch {
   // A Python function's code, which must be kept alive.
   void code(PyObject* function) {
     entries_.push_back({Kind::kCode, function, PyFunction_GET_CODE(function), 0});
+  }
+  // Its arguments' defaults, kept alive by whoever took them.
+  void defaults(PyObject* function) {
+    entries_.push_back({Kind::kDefaults, function, PyFunction_GET_DEFAULTS(function), 0,
+                        PyFunction_GET_KW_DEFAULTS(function)});
   }
   // A list and what it holds, by identity.
   void list(PyObject* list) {
@@ -78,18 +89,31 @@ class Watch {
   }
 
  private:
-  enum class Kind : int8_t { kRoot, kType, kClass, kDict, kCode, kListSize, kListItem };
+  enum class Kind : int8_t {
+    kRoot,
+    kType,
+    kClass,
+    kDict,
+    kItem,
+    kCode,
+    kDefaults,
+    kListSize,
+    kListItem
+  };
 
   struct Entry {
     Kind kind;
     PyObject* owner;
     PyObject* object;
     uint64_t number;
+    PyObject* key = nullptr;  // or what else belongs to `owner`
 
     bool holds() const {
       switch (kind) {
         case Kind::kDict:
           return dict_version(object) == number && number != 0;
+        case Kind::kItem:
+          return get_item(owner, key) == object;
         case Kind::kRoot: {
           PyObject* const dict = PyObject_GenericGetDict(owner, nullptr);
           Py_XDECREF(dict);  // the owner has a reference of its own
@@ -102,6 +126,9 @@ class Watch {
           return reinterpret_cast<PyTypeObject*>(object)->tp_version_tag == number && number != 0;
         case Kind::kCode:
           return PyFunction_GET_CODE(owner) == object;
+        case Kind::kDefaults:
+          return PyFunction_GET_DEFAULTS(owner) == object &&
+                 PyFunction_GET_KW_DEFAULTS(owner) == key;
         case Kind::kListSize:
           return PyList_GET_SIZE(owner) == static_cast<Py_ssize_t>(number);
         case Kind::kListItem:

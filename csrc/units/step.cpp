@@ -6,4 +6,5 @@
 #include "bindings/linear_mse_sgd_op.cpp"
 #include "bindings/linear_step.cpp"
 #include "bindings/module_call.cpp"
+#include "bindings/squared_error.cpp"
 #include "bindings/world.cpp"
