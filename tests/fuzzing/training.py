@@ -67,7 +67,8 @@ CHOICES = with_seed(
     Choice("model", ("linear", "sequential", "loss module", "frozen body", "trained body",
                      "own class", "own frozen body", "own trained body", "squeezed"), (
         "subclass", "network", "forward hook", "forward", "parameter hook", "accumulate hook")),
-    Choice("loss", ("module", "function", "partial"), ("l1", "lambda", "hook")),
+    Choice("loss", ("module", "function", "partial", "own function", "own class"), (
+        "l1", "closure", "hook")),
     Choice("optimizer", ("torch", "fused"), ("adam", "subclass", "step hook", "foreach")),
     Choice("groups", ("one",), ("two", "no bias", "one more")),
     Choice("buffers", ("none", "both"), (
@@ -82,6 +83,18 @@ CHOICES = with_seed(
         "no_grad", "inference_mode", "autocast", "autocast without cache", "saved tensors hooks",
         "anomaly", "function mode", "dispatch mode", "global hook", "device")),
 )  # fmt: skip
+
+
+OWN_LOSSES = {
+    "mean": lambda output, target: ((output - target) ** 2).mean(),
+    "sum": lambda output, target: torch.sum(torch.square(target - output)),
+}
+
+
+class OwnLoss(nn.Module):
+    def forward(self, output: Tensor, target: Tensor) -> Tensor:
+        error = output - target
+        return (error * error).mean()
 
 
 class Network(nn.Module):
@@ -317,7 +330,11 @@ class World:
                 self.loss.register_forward_hook(lambda module, args, output: output * 2)
         elif kind == "function" and reduction == "mean":
             self.loss = F.mse_loss
-        elif kind == "lambda":
+        elif kind == "own function" and reduction in OWN_LOSSES:
+            self.loss = OWN_LOSSES[reduction]
+        elif kind == "own class" and reduction == "mean":
+            self.loss = OwnLoss()
+        elif kind == "closure":
             self.loss = lambda output, target: F.mse_loss(output, target, reduction=reduction)
         else:
             self.loss = functools.partial(F.mse_loss, reduction=reduction)
