@@ -39,8 +39,10 @@ class TrainStep:
         model: any ``nn.Module``. More than SGD's update is fused for an ``nn.Linear``, for an
             ``nn.Sequential`` that ends in one, and for a class whose ``forward`` ends in
             ``return self.layer(...)``.
-        loss_function: ``loss_function(output, target)`` returning a 0-dim tensor. None for a model
-            whose ``model(input, target)`` is the loss, as :class:`fused_step.LinearMSELoss` is.
+        loss_function: ``loss_function(output, target)`` returning a 0-dim tensor. More than that
+            update is fused for ``nn.MSELoss``, ``F.mse_loss`` and functions that compute the same.
+            None for a model whose ``model(input, target)`` is the loss, as
+            :class:`fused_step.LinearMSELoss` is.
         optimizer: an optimizer over the model's parameters.
 
     Raises:
