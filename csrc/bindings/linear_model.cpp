@@ -27,11 +27,10 @@ bool check_functional(Verdict& v, Watch& watch) {
   return !v.against(is_replaced, "F.linear or F.mse_loss has been replaced");
 }
 
-bool read_layer(PyObject* linear, Verdict& v, Watch& watch, LinearModel& reading) {
-  const PythonObjects& o = python_objects();
-  const Names& n = o.names;
+bool read_layer(PyObject* linear, const ModuleClass& as_linear, Verdict& v, Watch& watch,
+                LinearModel& reading) {
+  const Names& n = python_objects().names;
   const py::object dict = dict_of(linear);
-  const ModuleClass as_linear = *class_like(Py_TYPE(linear), o.linear);
   if (!check_module(linear, dict.ptr(), as_linear, "the linear layer", v, watch)) return false;
   PyObject* const parameters = get_item(dict.ptr(), n.parameters);
   watch.dict(parameters);
@@ -95,8 +94,9 @@ bool read_way_to_layer(PyObject* model, Verdict& v, Watch& watch, LinearModel& r
     reading.flatten = callable;
     return true;
   };
-  for (int depth = 0; !class_like(Py_TYPE(last), o.linear); ++depth) {
-    if (depth == kMaxDepth) return v.reject("too many modules are nested");
+  for (int depth = 0; depth < kMaxDepth; ++depth) {
+    const std::optional<ModuleClass> as_linear = class_like(Py_TYPE(last), o.linear);
+    if (as_linear) return read_layer(last, *as_linear, v, watch, reading);
     const std::optional<ModuleClass> as_sequential = class_like(Py_TYPE(last), o.sequential);
     if (!as_sequential) {
       LastCall call;
@@ -126,7 +126,7 @@ bool read_way_to_layer(PyObject* model, Verdict& v, Watch& watch, LinearModel& r
     if (!add({last, {}, count - 1}, " of several modules")) return false;
     last = module(count - 1);
   }
-  return read_layer(last, v, watch, reading);
+  return v.reject("too many modules are nested");
 }
 
 // The layer of a LinearMSELoss, which is the model.
@@ -145,7 +145,7 @@ bool read_layer_of_loss(PyObject* model, Verdict& v, Watch& watch, LinearModel& 
       get_item(dict.ptr(), o.names.linear) != nullptr) {
     return v.reject("the model's only module is not its nn.Linear");
   }
-  return read_layer(linear, v, watch, reading);
+  return read_layer(linear, o.linear, v, watch, reading);
 }
 
 }  // namespace
