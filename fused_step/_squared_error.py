@@ -32,6 +32,8 @@ _SQUARES: list[tuple[str, Callable[..., Any] | None]] = [
     (f"{_GLOBAL}.square({{0}})", torch.square),
 ]
 _REDUCTIONS = {"mean": torch.mean, "sum": torch.sum}
+_NAMES = {"pow", "square", "mean", "sum", "nn", "functional", "mse_loss"}
+_MOST_CODE = 300  # bytes: far more than any of the ways, and no work for most other losses
 _PATHS_TO_MSE_LOSS = [
     (),
     ("mse_loss",),
@@ -61,10 +63,16 @@ def read_squared_error(
         "mean" or "sum"; and what it calls by global names: it is that only while they lead there.
     """
     code = function.__code__
+    if len(code.co_code) > _MOST_CODE or len({*code.co_names} - _NAMES) > 1:
+        return None
     constants = code.co_consts
     if constants and isinstance(constants[0], str):
         constants = (None, *constants[1:])  # where a docstring stands
-    for way, names in _known(is_method).get(_shape(code, constants), ()):
+    try:
+        ways = _known(is_method).get(_shape(code, constants), [])
+    except TypeError:  # a constant that has no hash
+        return None
+    for way, names in ways:
         renamed = dict(zip(names, code.co_names, strict=True))
         if all(new == old for old, new in renamed.items() if old != _GLOBAL):
             return way.reduction, tuple(

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from types import FunctionType
+from types import FunctionType, ModuleType
 
 import numpy as np
 import pytest
@@ -115,6 +115,18 @@ READ = [pytest.param(loss, "mean", id=f"{name}, mean") for name, loss in MEANS.i
 
 # --- not read -----------------------------------------------------------------------------------
 
+
+def made(text: str, **globals_: object) -> FunctionType:
+    """A function `loss` of its own module, whose globals are these."""
+    module: dict[str, object] = dict(globals_)
+    exec(text, module)
+    loss = module["loss"]
+    assert isinstance(loss, FunctionType)
+    return loss
+
+
+MEAN = "loss = lambda a, b: torch.mean((a - b) ** 2)"
+
 seen: list[Tensor] = []
 half = 0.5
 
@@ -122,6 +134,20 @@ half = 0.5
 def shadowed() -> Callable[[Tensor, Tensor], Tensor]:
     torch = Shadow()
     return lambda a, b: torch.mean((a - b) ** 2)
+
+
+def with_module_of_ones_own() -> FunctionType:
+    """Another module may come to its address, unseen."""
+    ops = ModuleType("ops")
+    ops.mse_loss = F.mse_loss
+    return made("loss = lambda a, b: ops.mse_loss(a, b)", ops=ops)
+
+
+def with_constant(value: object) -> FunctionType:
+    loss = made(MEAN, torch=torch)
+    code = loss.__code__
+    loss.__code__ = code.replace(co_consts=(*code.co_consts, value))
+    return loss
 
 
 class Shadow:
@@ -174,6 +200,17 @@ class ClassReduction(nn.MSELoss):
     reduction = property(lambda self: "sum", lambda self, value: None)
 
 
+class WithoutInit(Mean):
+    def __init__(self) -> None:
+        self.name = "its hooks are missing"
+
+
+class HooksOfTheClass(Mean):
+    _forward_hooks = property(
+        lambda self: {1: lambda module, args, output: 2 * output}, lambda self, value: None
+    )
+
+
 class Method:
     def loss(self, output, target):
         return ((output - target) ** 2).mean()
@@ -207,6 +244,9 @@ NOT_READ = {
     "doubled": Doubled(),
     "called": Called(),
     "reduction of the class": ClassReduction(),
+    "hooks of the class": HooksOfTheClass(),
+    "module of one's own": with_module_of_ones_own(),
+    "constant without a hash": with_constant([1]),
     "method": Method().loss,
     "forward of the instance": patched_instance(),
 }
@@ -332,6 +372,40 @@ def test_targets_that_broadcast_do_so_silently_as_in_the_function(model, recwarn
     assert not recwarn
 
 
+@each_model
+def test_loss_without_hooks_is_the_error_of_the_plain_loop(model):
+    x, t = batch()
+    net = MODELS[model][0]()
+    step = fused_step.TrainStep(net, WithoutInit(), sgd(net))
+    with pytest.raises(AttributeError, match="_backward_hooks"):
+        step(x, t)
+
+
+AUTOCAST = {
+    "operators": (of_the_book, LOWER),
+    "class": (Sum(), LOWER),
+    "mse_loss": (called, OF_LAYER),
+}
+
+
+@pytest.mark.skipif(DEVICE.type != "cpu", reason="lists of autocast: those of the CPU")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", AUTOCAST)
+def test_losses_of_16_bit_targets_under_autocast_have_the_dtype_of_the_plain_loop(name, dtype):
+    loss_function, plans = AUTOCAST[name]
+    a, b = layer(), layer()
+    x, t = batch()
+    step = fused_step.TrainStep(a, loss_function, sgd(a))
+    theirs = sgd(b)
+    with torch.autocast("cpu", dtype, cache_enabled=False):
+        for target, expected_plans in ((t.to(dtype), plans), (t, OF_LAYER)):
+            loss = step(x, target)
+            assert step.plan in expected_plans
+            expected = plain_step(b, loss_function, theirs, x, target)
+            rounding = torch.finfo(dtype).eps
+            torch.testing.assert_close(loss, expected, rtol=8 * rounding, atol=rounding)
+
+
 def test_explain_says_what_of_a_loss_is_not_read():
     model = layer()
     x, t = batch()
@@ -349,18 +423,6 @@ def test_explain_says_what_of_a_loss_is_not_read():
 
 
 # --- what changes while they train --------------------------------------------------------------
-
-
-def made(text: str, **globals_: object) -> FunctionType:
-    """A function `loss` of its own module, whose globals are these."""
-    module: dict[str, object] = dict(globals_)
-    exec(text, module)
-    loss = module["loss"]
-    assert isinstance(loss, FunctionType)
-    return loss
-
-
-MEAN = "loss = lambda a, b: torch.mean((a - b) ** 2)"
 
 
 @each_model
@@ -431,8 +493,11 @@ def test_hooks_of_a_loss_of_ones_own_run():
         (torch.Tensor, "__pow__"),
         (torch.Tensor, "__sub__"),
         (nn.Parameter, "__rsub__"),
+        (torch.Tensor, "backward"),
+        (torch.Tensor, "detach"),
+        (torch.autograd, "backward"),
     ],
-    ids=["torch.mean", "Tensor.__pow__", "Tensor.__sub__", "Parameter.__rsub__"],
+    ids=lambda value: getattr(value, "__name__", value),
 )
 @each_model
 def test_replaced_functions_of_torch_are_seen(model, owner, name, monkeypatch):

@@ -118,6 +118,15 @@ class TurnedAround(nn.Sequential):
         return reversed(list(super().__iter__()))
 
 
+class HooksOfTheClass(nn.Linear):
+    _forward_hooks = property(
+        lambda self: {1: lambda module, args, output: 2 * output}, lambda self, value: None
+    )
+
+    def __init__(self) -> None:
+        super().__init__(I, O)
+
+
 class WithProperty(nn.Linear):
     def __init__(self) -> None:
         super().__init__(I, O)
@@ -292,6 +301,7 @@ NOT_READ = [
     ByNumber,
     OutOfRange,
     TurnedAround,
+    HooksOfTheClass,
     WithProperty,
     Kept,
     KeptWithin,

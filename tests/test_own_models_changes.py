@@ -100,6 +100,27 @@ def test_list_of_modules_that_changes_is_gone_through_as_python_does(change):
     assert step.plan == ("optimizer" if change == "item" else "head")
 
 
+def test_modules_that_the_class_gives_are_the_ones_that_run(monkeypatch):
+    class Own(nn.Sequential):
+        pass
+
+    def change(_):
+        first_two = property(lambda self: dict([*self.__dict__["_modules"].items()][:2]))
+        monkeypatch.setattr(Own, "_modules", first_two, raising=False)
+
+    model = made(lambda: Own(nn.Linear(I, O), nn.Tanh(), nn.Linear(O, O)))
+    other = copy.deepcopy(model)
+    ours, theirs = sgd(model), sgd(other)
+    x, t = batch()
+    step = fused_step.TrainStep(model, nn.MSELoss(), ours)
+    for number in range(5):
+        if number == 3:
+            assert step.plan == "head"
+            change(model)
+        expected = plain_step(other, nn.MSELoss(), theirs, x, t)
+        torch.testing.assert_close(step(x, t), expected, rtol=B * EPS, atol=8 * EPS)
+
+
 @pytest.mark.parametrize("defaults", ["__defaults__", "__kwdefaults__"])
 @pytest.mark.parametrize("within", [False, True], ids=["between steps", "within a step"])
 def test_other_defaults_of_forward_are_taken(defaults, within, monkeypatch):

@@ -24,7 +24,11 @@ bool check_functional(Verdict& v, Watch& watch) {
     is_replaced |= get_item(user, o.names.F) != o.functional_module;
     watch.dict(user);
   }
-  return !v.against(is_replaced, "F.linear or F.mse_loss has been replaced");
+  if (v.against(is_replaced, "F.linear or F.mse_loss has been replaced")) return false;
+  is_replaced = !are_as_imported(o.step_methods, o.tensor, watch) ||
+                get_item(o.autograd, o.names.backward) != o.backward_function;
+  watch.dict(o.autograd);
+  return !v.against(is_replaced, kMethodReplaced);
 }
 
 bool read_layer(PyObject* linear, const ModuleClass& as_linear, Verdict& v, Watch& watch,

@@ -20,7 +20,6 @@
 #include "bindings/memory.h"
 #include "bindings/python_bridge.h"
 #include "bindings/python_objects.h"
-#include "bindings/squared_error.h"
 
 namespace fused_step {
 
@@ -162,7 +161,7 @@ bool LinearStep::read_objects(Verdict& v, Reading& reading) {
   reading.sgd.bias.object = layer.bias;
   reading.sgd.may_be_kept = error.may_be_kept;
   reading.flattening = layer.flattening;
-  reading.reduction = error.reduction;
+  reading.error = error;
   // Without a layer only the kind of optimizer can still be said.
   const PyTypeObject* const type = Py_TYPE(optimizer_.ptr());
   const bool has_groups =
@@ -192,7 +191,7 @@ bool LinearStep::check_params(const Autocast& autocast, Verdict& v, Call& call) 
   if (call.autocast && !check_autocast(s.weight.scalar_type(), v)) return false;
   if (s.weight.dim() != 2) return !v.against(true, "weight is not [O, I]");
   s.weight_options = weight.options;
-  s.reduction = call.reading.reduction;
+  s.reduction = call.reading.error.reduction;
   if (!check_buffer(weight.buf, s.weight, v, s.weight_buf)) return false;
   if (!check_lr(weight.lr, s.weight, v, s.weight_lr)) return false;
   if (bias.object == nullptr) return true;
@@ -213,7 +212,8 @@ bool LinearStep::check_batch(PyObject* input, PyObject* target, Verdict& v, Call
   call.input = tensor_of(input);
   call.target = tensor_of(target);
   if (!check_data("input", call.input, call.state.weight, call.autocast, v)) return false;
-  if (!check_data("target", call.target, call.state.weight, call.autocast, v)) return false;
+  const bool may_be_cast = call.autocast && call.reading.error.is_mse_loss;
+  if (!check_data("target", call.target, call.state.weight, may_be_cast, v)) return false;
   if (!v.applies()) return false;  // what follows looks at memory
   const int64_t O = call.state.weight.size(0), I = call.state.weight.size(1);
   if (call.reading.flattening != Flattening::kNone) {

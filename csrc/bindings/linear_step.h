@@ -14,6 +14,7 @@
 #include "bindings/flattening.h"
 #include "bindings/linear_mse_sgd.h"
 #include "bindings/sgd_groups.h"
+#include "bindings/squared_error.h"
 #include "bindings/verdict.h"
 #include "bindings/watch.h"
 #include "bindings/world.h"
@@ -50,7 +51,7 @@ class LinearStep {
   struct Reading {
     SgdReading sgd;
     Flattening flattening = Flattening::kNone;
-    Reduction reduction = Reduction::kMean;
+    SquaredError error;
   };
 
   // Everything a step needs.

@@ -25,6 +25,11 @@ bool finds_attributes_as_module(PyTypeObject* type) {
 // Whether objects of `own.type` are called as nn.Module's are, with that forward.
 bool is_called_as_module(const ModuleClass& own) {
   const Names& n = python_objects().names;
+  // Something of the class in front of what is in __dict__.
+  for (PyObject* name :
+       {n.modules, n.forward_hooks, n.forward_pre_hooks, n.backward_hooks, n.backward_pre_hooks}) {
+    if (_PyType_Lookup(own.type, name) != nullptr) return false;
+  }
   return finds_attributes_as_module(own.type) && own.is_as_imported(n) &&
          _PyType_Lookup(own.type, n.compiled_call_impl) == Py_None;
 }
@@ -126,13 +131,15 @@ bool check_module(PyObject* module, PyObject* dict, const ModuleClass& module_cl
     return false;
   PyObject* const compiled = get_item(dict, n.compiled_call_impl);
   if (v.against(compiled != nullptr && compiled != Py_None, name, " is compiled")) return false;
-  bool has_hooks = false;
+  bool has_hooks = false, is_made = true;
   for (PyObject* key :
        {n.forward_hooks, n.forward_pre_hooks, n.backward_hooks, n.backward_pre_hooks}) {
     PyObject* const hooks = get_item(dict, key);
     watch.dict(hooks);
+    is_made &= hooks != nullptr;
     has_hooks |= !is_empty_dict(hooks);
   }
+  if (v.against(!is_made, name, " has not called nn.Module.__init__")) return false;
   return !v.against(has_hooks, name, " has hooks");
 }
 

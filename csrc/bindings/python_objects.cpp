@@ -66,6 +66,7 @@ Names make_names() {
           interned("fused"),
           interned("linear"),
           interned("mse_loss"),
+          interned("backward"),
           interned("momentum_dtype"),
           interned("max_grad_norm"),
           interned("grad_norm")};
@@ -115,6 +116,10 @@ PythonObjects import_objects() {
   take_methods({"squeeze", "flatten", "view", "reshape", "__getitem__"}, o.flatten_methods);
   take_methods({"__sub__", "__rsub__", "__mul__", "__pow__", "pow", "square", "mean", "sum"},
                o.loss_methods);
+  take_methods({"backward", "detach"}, o.step_methods);
+  const py::object autograd = import_module("torch.autograd");
+  o.autograd = keep(autograd.attr("__dict__"));
+  o.backward_function = keep(autograd.attr("backward"));
   o.linear = make_module_class(nn.attr("Linear"), o.names);
   o.sequential = make_module_class(nn.attr("Sequential"), o.names);
   o.sequential_iter = class_attribute(o.sequential.type, o.names.iter);
@@ -125,6 +130,8 @@ PythonObjects import_objects() {
   o.parameter = keep_type(nn.attr("Parameter"));
   o.partial = keep_type(import_module("functools").attr("partial"));
   o.sgd_zero_grad = class_attribute(o.sgd, o.names.zero_grad);
+  o.torch_module = keep(import_module("torch"));
+  o.nn_module = keep(nn);
   o.functional_module = keep(functional);
   o.functional = keep(functional.attr("__dict__"));
   o.functional_users[0] = keep(import_module("torch.nn.modules.linear").attr("__dict__"));

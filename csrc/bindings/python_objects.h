@@ -18,7 +18,7 @@ struct Names {
   PyObject *step_pre_hooks, *step_post_hooks;
   PyObject *grad_scale, *found_inf, *opt_called, *momentum_buffer, *defaults;
   PyObject *params, *lr, *momentum, *dampening, *weight_decay, *nesterov, *maximize;
-  PyObject *differentiable, *foreach, *fused, *linear, *mse_loss;
+  PyObject *differentiable, *foreach, *fused, *linear, *mse_loss, *backward;
   PyObject *momentum_dtype, *max_grad_norm, *grad_norm;
 };
 
@@ -43,8 +43,9 @@ struct PythonObjects {
   PyObject *module_getattr, *module_getattribute;
   PyObject* sequential_iter;
   PyTypeObject *tensor, *module_list;
-  // What models flatten an output with, and what squared errors are written with.
-  TensorMethod flatten_methods[5], loss_methods[8];
+  // What models flatten an output with, what squared errors are written with, and what a step
+  // calls.
+  TensorMethod flatten_methods[5], loss_methods[8], step_methods[2];
   // fused_step.LinearMSELoss; its type is null until set_linear_mse_loss() was called.
   ModuleClass linear_mse_loss;
   PyTypeObject *sgd, *parameter, *partial;
@@ -52,8 +53,11 @@ struct PythonObjects {
   PyObject* sgd_zero_grad;
   // torch.nn.functional, its dictionary, its functions as they were at import, and the dictionaries
   // of the modules that nn.Linear and nn.MSELoss find it in.
-  PyObject *functional_module, *functional, *linear_function, *mse_loss_function;
+  PyObject *torch_module, *nn_module, *functional_module, *functional, *linear_function,
+      *mse_loss_function;
   PyObject* functional_users[2];
+  // torch.autograd's dictionary, and the function that Tensor.backward() calls.
+  PyObject *autograd, *backward_function;
   // Dictionaries of hooks that hold for all modules, or for all optimizers.
   PyObject *global_module_hooks[4], *global_optimizer_hooks[2];
   // bool is_stock_...(function): see fused_step/_stock.py.

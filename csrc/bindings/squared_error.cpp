@@ -45,37 +45,40 @@ bool read_partial(PyObject* loss, Verdict& v, SquaredError& reading) {
   return read_reduction(given != nullptr ? given : o.names.mean, v, reading);
 }
 
-// What read_squared_error() says of a function, found by its code; both are kept, the code so that
-// its address means nothing else later.
-PyObject* squared_error_of(PyObject* function, bool is_method) {
+// What read_squared_error() says of a function; kept for those that are one, with their code, so
+// that its address means nothing else later.
+py::object squared_error_of(PyObject* function, bool is_method) {
   static std::unordered_map<PyObject*, PyObject*> known[2];
   PyObject* const code = PyFunction_GET_CODE(function);
   const auto found = known[is_method].find(code);
-  if (found != known[is_method].end()) return found->second;
+  if (found != known[is_method].end()) return py::reinterpret_borrow<py::object>(found->second);
   py::object read =
       py::handle(python_objects().read_squared_error)(py::handle(function), py::bool_(is_method));
-  const auto [place, is_new] =
-      known[is_method].try_emplace(code, nullptr);  // another thread may have been here
-  if (is_new) {
+  // Another thread may have been here.
+  if (!read.is_none() && known[is_method].try_emplace(code, read.ptr()).second) {
     Py_INCREF(code);
-    place->second = read.release().ptr();
+    read.inc_ref();
   }
-  return place->second;
+  return read;
 }
 
-// Whether a path of names leads from a function's globals, through modules, to `end`.
+// Whether a path of names leads from a function's globals, through torch's own modules, to `end`.
 bool leads_to(PyObject* globals, PyObject* path, PyObject* end, Watch& watch) {
-  PyObject *dict = globals, *at = nullptr;
-  for (Py_ssize_t k = 0; k < PyTuple_GET_SIZE(path); ++k) {
-    if (k > 0) {
-      if (!PyModule_CheckExact(at)) return false;
-      dict = PyModule_GetDict(at);
-    }
-    if (!PyDict_CheckExact(dict)) return false;
-    PyObject* const name = PyTuple_GET_ITEM(path, k);
-    at = get_item(dict, name);
-    if (at == nullptr) return false;
-    watch.item(dict, name, at);
+  const PythonObjects& o = python_objects();
+  if (!PyDict_CheckExact(globals)) return false;
+  PyObject* const name = PyTuple_GET_ITEM(path, 0);
+  PyObject* at = get_item(globals, name);
+  // Each that it may be lives as long as the process: nothing else can have its address.
+  const auto is_module = [&] {
+    return at == o.torch_module || at == o.nn_module || at == o.functional_module;
+  };
+  if (at != end && !is_module()) return false;
+  watch.item(globals, name, at);
+  for (Py_ssize_t k = 1; k < PyTuple_GET_SIZE(path); ++k) {
+    if (!is_module() || !PyModule_CheckExact(at)) return false;
+    PyObject* const dict = PyModule_GetDict(at);
+    watch.root(at, dict);
+    at = get_item(dict, PyTuple_GET_ITEM(path, k));
   }
   return at == end;
 }
@@ -85,15 +88,15 @@ bool read_function(PyObject* function, bool is_method, const std::string& is, Ve
                    Watch& watch, SquaredError& reading) {
   const PythonObjects& o = python_objects();
   watch.code(function);
-  PyObject* const read = squared_error_of(function, is_method);
-  if (read == Py_None) {
-    return v.reject(is + " not read as a mean or sum of squared errors");
-  }
-  PyObject* const calls = PyTuple_GET_ITEM(read, 1);
+  const py::object read = squared_error_of(function, is_method);
+  if (read.is_none()) return v.reject(is + " not read as a mean or sum of squared errors");
+  PyObject* const calls = PyTuple_GET_ITEM(read.ptr(), 1);
+  reading.is_mse_loss = false;
   for (Py_ssize_t k = 0; k < PyTuple_GET_SIZE(calls); ++k) {
     PyObject* const call = PyTuple_GET_ITEM(calls, k);
-    if (!leads_to(PyFunction_GET_GLOBALS(function), PyTuple_GET_ITEM(call, 0),
-                  PyTuple_GET_ITEM(call, 1), watch)) {
+    PyObject* const end = PyTuple_GET_ITEM(call, 1);
+    reading.is_mse_loss |= end == o.mse_loss_function;
+    if (!leads_to(PyFunction_GET_GLOBALS(function), PyTuple_GET_ITEM(call, 0), end, watch)) {
       return v.reject(is + " calling something else than PyTorch's functions");
     }
   }
@@ -101,7 +104,7 @@ bool read_function(PyObject* function, bool is_method, const std::string& is, Ve
   const bool is_stock = are_as_imported(o.loss_methods, o.tensor, watch) &&
                         are_as_imported(o.loss_methods, o.parameter, watch);
   return !v.against(!is_stock, kMethodReplaced) &&
-         read_reduction(PyTuple_GET_ITEM(read, 0), v, reading);
+         read_reduction(PyTuple_GET_ITEM(read.ptr(), 0), v, reading);
 }
 
 // An nn.MSELoss, or a loss of the user's own class.

@@ -13,6 +13,7 @@ namespace fused_step {
 
 struct SquaredError {
   Reduction reduction = Reduction::kMean;
+  bool is_mse_loss = true;  // else written with operators, which autocast treats in another way
   bool may_be_kept = true;  // false: it may change unseen (a partial's keywords)
 };
 

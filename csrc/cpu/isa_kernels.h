@@ -6,6 +6,8 @@ namespace fused_step::cpu {
 
 #include "cpu/simd.h"
 
+#include "cpu/short_rows.h"
+
 #include "cpu/one_pass.h"
 
 #include "cpu/gemm_passes.h"

@@ -362,9 +362,11 @@ FUSED_STEP_INLINE void one_pass_tile(const OnePassChunk<T>& a, const X* x, const
                                      int64_t rows, NextTile next, bool first_tile,
                                      T* dy,  // workspace: [O, kMaxTileRows]
                                      T* dx) {
-  tile_products<T, kOneOutput>(a, x, rows, dy);
-  tile_residuals(a, target, rows, dy);
-  if (a.partial.dweight != nullptr) tile_outer<T, kOneOutput>(a, x, rows, next, dy, first_tile);
+  if (!kOneOutput || !try_short_tile<T>(a, x, target, rows, first_tile, dy)) {
+    tile_products<T, kOneOutput>(a, x, rows, dy);
+    tile_residuals(a, target, rows, dy);
+    if (a.partial.dweight != nullptr) tile_outer<T, kOneOutput>(a, x, rows, next, dy, first_tile);
+  }
   if (dx != nullptr) tile_input_grads(a, rows, dy, dx);
 }
 

@@ -80,6 +80,10 @@ void test_small_chunks() {
       for (int64_t rows = 0; rows <= kMaxSmall; ++rows) test_chunk<T>({rows, I, O, ++seed});
     }
   }
+  // Rows of up to four vectors, and one more element.
+  for (int64_t I = kMaxSmall + 1; I <= 4 * 16 + 1; ++I) {
+    for (int64_t rows = 0; rows <= 9; ++rows) test_chunk<T>({rows, I, 1, ++seed});
+  }
   for (int64_t rows = 0; rows <= 3; ++rows) test_chunk<T>({rows, 3, 0, ++seed});
 }
 
@@ -193,7 +197,7 @@ void test_special_values(int64_t rows, int64_t I, int64_t O) {
 
 TEST(one_pass_chunk_has_nan_and_inf_exactly_where_the_reference_has) {
   for (const int64_t O : {1, 3}) {
-    for (const int64_t I : {1, 3, 5, 9, 17}) {
+    for (const int64_t I : {1, 3, 5, 9, 17, 33, 50}) {
       for (const int64_t rows : {1, 3, 9}) {
         test_special_values<float>(rows, I, O);
         test_special_values<double>(rows, I, O);
