@@ -63,7 +63,7 @@ tidy-light: $(VENV)/.lint  ## the same without tests and the slow bindings
 	@$(MAKE) --no-print-directory -f scripts/tidy.mk -j$(or $(MAX_JOBS),2) BIN=$(BIN) light
 
 sanitize:  ## run the torch-free C++ tests under ASan and UBSan, those with threads under TSan, too
-	@$(MAKE) --no-print-directory -f tests/cpp/Makefile -j$(or $(MAX_JOBS),2)
+	@$(MAKE) --no-print-directory -f tests/cpp/Makefile -j$(or $(MAX_JOBS),2) --output-sync=target
 
 sanitize-full: $(VENV)/.test build  ## build the extension under ASan and UBSan, run the suite in it (PYTEST_ARGS)
 	PYTHON=$(BIN)/python scripts/sanitize_full.sh $(SANITIZE_TREE) $(PYTEST_ARGS)
@@ -72,7 +72,7 @@ fuzz: $(VENV)/.test build  ## hold random calls of every door to the plain loop 
 	$(BIN)/python tests/fuzz.py --cases $(FUZZ_CASES) --seed $(FUZZ_SEED) --jobs $(FUZZ_JOBS) $(FUZZ_ARGS)
 
 emulate:  ## run the CUDA kernels on the processor, under sanitizers, and plant mistakes
-	@$(MAKE) --no-print-directory -f tests/emulation/Makefile -j$(or $(MAX_JOBS),2)
+	@$(MAKE) --no-print-directory -f tests/emulation/Makefile -j$(or $(MAX_JOBS),2) --output-sync=target
 
 # In a copy of the sources: the extension there has both engines.
 emulated: $(VENV)/.test build

@@ -20,6 +20,15 @@ _NOT_SLOWER = ("step >= 1x eager", "step >= 1x eager_fused")
 # The targets name contestants by key: see contestants() below, and Target in harness/case.py.
 CASES = (
     NetCase("small", "64×13→32→1", 64, (13, 32, 1), targets=_NOT_SLOWER),
+    NetCase(
+        "own",
+        "64×13→32→1, own code",
+        64,
+        (13, 32, 1),
+        own_code=True,
+        targets=_NOT_SLOWER,
+        note="The same layers in a class of the user's own; the loss is ((y - t) ** 2).mean().",
+    ),
     NetCase("deep", "64×13→32→32→32→1", 64, (13, 32, 32, 32, 1), targets=_NOT_SLOWER),
     NetCase("wide", "4096×64→1024→1", 4096, (64, 1024, 1), targets=_NOT_SLOWER),
     NetCase("square", "1024×512→512→512", 1024, (512, 512, 512), targets=_NOT_SLOWER),

@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +19,24 @@ LEARNING_RATE = 1e-2
 _EPS = float(np.finfo(np.float32).eps)
 
 
+class Network(nn.Module):
+    """Linear layers with tanh between them, in a class as users write it."""
+
+    def __init__(self, layers: list[nn.Linear]):
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers[:-1]:
+            x = torch.tanh(layer(x))
+        return self.layers[-1](x)
+
+
+def squared_error(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """The mean squared error as users write it."""
+    return ((output - target) ** 2).mean()
+
+
 @dataclasses.dataclass(frozen=True)
 class NetCase:
     """One step of linear layers with tanh between them, mean squared error and SGD, float32."""
@@ -27,6 +46,7 @@ class NetCase:
     batch: int
     widths: tuple[int, ...]  # of the input, and of each layer's output
     trains_all: bool = True  # False: the last layer alone
+    own_code: bool = False  # a class and a function instead of nn.Sequential and nn.MSELoss
     targets: tuple[str, ...] = ()
     note: str = ""
 
@@ -60,13 +80,18 @@ class NetCase:
     def _layers(self) -> Iterator[tuple[int, int]]:
         return zip(self.widths, self.widths[1:], strict=False)
 
-    def make_model(self, dtype: torch.dtype = torch.float32) -> nn.Sequential:
-        modules: list[nn.Module] = []
-        for I, O in self._layers():
-            modules += [nn.Linear(I, O), nn.Tanh()]
-        model = nn.Sequential(*modules[:-1])
-        model[:-1].requires_grad_(self.trains_all)
-        return model.to(dtype)
+    @property
+    def loss_function(self) -> Callable[[torch.Tensor, torch.Tensor], Any]:
+        return squared_error if self.own_code else nn.MSELoss()
+
+    def make_model(self, dtype: torch.dtype = torch.float32) -> nn.Module:
+        layers = [nn.Linear(I, O) for I, O in self._layers()]
+        for layer in layers[:-1]:
+            layer.requires_grad_(self.trains_all)
+        if self.own_code:
+            return Network(layers).to(dtype)
+        modules = [module for layer in layers for module in (layer, nn.Tanh())]
+        return nn.Sequential(*modules[:-1]).to(dtype)
 
     @property
     def tiny(self) -> NetCase:
@@ -96,7 +121,7 @@ class NetData:
             torch.manual_seed(seed)
             self._start = case.make_model().state_dict()
 
-    def model(self, dtype: torch.dtype = torch.float32) -> nn.Sequential:
+    def model(self, dtype: torch.dtype = torch.float32) -> nn.Module:
         """A model at the start, of its own tensors."""
         model = self.case.make_model()
         model.load_state_dict(self._start)
@@ -117,7 +142,7 @@ class NetTrajectory:
 
 def plain_trajectory(data: NetData, dtype: torch.dtype) -> NetTrajectory:
     """The five lines, by the loop form of SGD."""
-    model, loss_function = data.model(dtype), nn.MSELoss()
+    model, loss_function = data.model(dtype), data.case.loss_function
     x, target = (t.to(dtype) for t in data.tensors)
     optimizer = torch.optim.SGD(
         trained_parameters(model), lr=LEARNING_RATE, foreach=False, fused=False

@@ -27,7 +27,7 @@ class FiveLines(PerCall):
     def build(self, data: NetData) -> Callable[[Any, Any], Any]:
         model = self._model = data.model()
         optimizer = self._make(trained_parameters(model), lr=LEARNING_RATE, **self._options)
-        return self.step_of(model, nn.MSELoss(), optimizer)
+        return self.step_of(model, data.case.loss_function, optimizer)
 
     def step_of(self, model: nn.Module, loss_function: Any, optimizer: Any) -> Any:
         """`step(x, target)` that returns the loss."""
