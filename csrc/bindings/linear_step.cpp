@@ -62,10 +62,9 @@ bool check_param(const char* name, PyObject* object, const at::Tensor& weight, V
   return !v.against(changes_gradient(object), name, " has gradient hooks or a grad_dtype");
 }
 
-// The momentum buffer of a parameter, if it has one yet.
-bool check_buffer(PyObject* object, const at::Tensor& param, Verdict& v, at::Tensor& buf) {
-  if (object == nullptr) return true;
-  buf = tensor_of(object);
+// The momentum buffer of a parameter.
+bool check_buffer(PyObject* object, const at::Tensor& param, Verdict& v) {
+  const at::Tensor& buf = tensor_of(object);
   return !v.against(
       !is_exact_tensor(object) || !is_plain(buf, param.device()) ||
           buf.scalar_type() != param.scalar_type() || buf.sizes() != param.sizes() ||
@@ -142,6 +141,19 @@ bool has_suffix_shape(const at::Tensor& input, const at::Tensor& target, int64_t
 
 }  // namespace
 
+void LinearStep::Call::borrow(at::Tensor& tensor, PyObject* object) {
+  Py_INCREF(object);
+  c10::MaybeOwnedTraits<at::Tensor>::assignBorrow(tensor, tensor_of(object));
+  loans_[loan_count_++] = {&tensor, object};
+}
+
+LinearStep::Call::~Call() {
+  for (size_t k = 0; k < loan_count_; ++k) {
+    c10::MaybeOwnedTraits<at::Tensor>::destroyBorrow(*loans_[k].tensor);
+    Py_DECREF(loans_[k].object);
+  }
+}
+
 // The model, the loss and the optimizer; from memory where none of them has changed. False when
 // there is no layer to look at further, or no need.
 bool LinearStep::read_objects(Verdict& v, Reading& reading) {
@@ -181,7 +193,7 @@ bool LinearStep::read_objects(Verdict& v, Reading& reading) {
 bool LinearStep::check_params(const Autocast& autocast, Verdict& v, Call& call) {
   const SgdParam &weight = call.reading.sgd.weight, &bias = call.reading.sgd.bias;
   LinearSgdState& s = call.state;
-  s.weight = tensor_of(weight.object);
+  call.borrow(s.weight, weight.object);
   if (v.against(!is_served(s.weight.device()),
                 "weight is on a device that this build has no kernels for")) {
     return false;
@@ -192,41 +204,54 @@ bool LinearStep::check_params(const Autocast& autocast, Verdict& v, Call& call) 
   if (s.weight.dim() != 2) return !v.against(true, "weight is not [O, I]");
   s.weight_options = weight.options;
   s.reduction = call.reading.error.reduction;
-  if (!check_buffer(weight.buf, s.weight, v, s.weight_buf)) return false;
+  if (weight.buf != nullptr) {
+    if (!check_buffer(weight.buf, s.weight, v)) return false;
+    call.borrow(s.weight_buf, weight.buf);
+  }
   if (!check_lr(weight.lr, s.weight, v, s.weight_lr)) return false;
   if (bias.object == nullptr) return true;
-  s.bias = tensor_of(bias.object);
+  call.borrow(s.bias, bias.object);
   if (!check_param("bias", bias.object, s.weight, v)) return false;
   if (s.bias.dim() != 1 || s.bias.size(0) != s.weight.size(0)) {
     return !v.against(true, "bias is not [O]");
   }
   s.bias_options = bias.options;
   if (!check_lr(bias.lr, s.weight, v, s.bias_lr)) return false;
-  return check_buffer(bias.buf, s.bias, v, s.bias_buf);
+  if (bias.buf == nullptr) return true;
+  if (!check_buffer(bias.buf, s.bias, v)) return false;
+  call.borrow(s.bias_buf, bias.buf);
+  return true;
 }
 
 bool LinearStep::check_batch(PyObject* input, PyObject* target, Verdict& v, Call& call) {
   if (!is_exact_tensor(input) || !is_exact_tensor(target)) {
     return v.reject("input or target is not a torch.Tensor itself");
   }
-  call.input = tensor_of(input);
-  call.target = tensor_of(target);
+  call.borrow(call.input, input);
+  const at::Tensor& given = tensor_of(target);
   if (!check_data("input", call.input, call.state.weight, call.autocast, v)) return false;
   const bool may_be_cast = call.autocast && call.reading.error.is_mse_loss;
-  if (!check_data("target", call.target, call.state.weight, may_be_cast, v)) return false;
+  if (!check_data("target", given, call.state.weight, may_be_cast, v)) return false;
   if (!v.applies()) return false;  // what follows looks at memory
   const int64_t O = call.state.weight.size(0), I = call.state.weight.size(1);
+  at::Tensor made;  // of the target, where that is not taken as it is
   if (call.reading.flattening != Flattening::kNone) {
-    call.target = unflattened(call.target, call.input.sizes(), O, call.reading.flattening);
-    if (!call.target.defined()) return v.reject(kNotFlattened);
+    made = unflattened(given, call.input.sizes(), O, call.reading.flattening);
+    if (!made.defined()) return v.reject(kNotFlattened);
   }
-  if (v.against(!has_suffix_shape(call.input, call.target, I, O),
+  const at::Tensor& rows = made.defined() ? made : given;
+  if (v.against(!has_suffix_shape(call.input, rows, I, O),
                 "input and target are not [*, I] and [*, O] with the same leading dimensions")) {
     return false;
   }
-  if (!check_overlap(call.state, call.input, call.target, v)) return false;
+  if (!check_overlap(call.state, call.input, rows, v)) return false;
   const at::ScalarType dtype = call.state.weight.scalar_type();
-  if (call.target.scalar_type() != dtype) call.target = call.target.to(dtype);
+  if (rows.scalar_type() != dtype) made = rows.to(dtype);
+  if (made.defined()) {
+    call.target = std::move(made);
+  } else {
+    call.borrow(call.target, target);
+  }
   return true;
 }
 
