@@ -65,7 +65,7 @@ BENCHMARK = driver.Benchmark(
     contestants=contestants,
     subject="step",
     again="step_again",
-    full=Protocol(case_seconds=12.0, budget_seconds=90.0),
+    full=Protocol(case_seconds=10.0, budget_seconds=100.0),
 )
 
 if __name__ == "__main__":

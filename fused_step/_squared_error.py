@@ -70,7 +70,7 @@ def read_squared_error(
         constants = (None, *constants[1:])  # where a docstring stands
     try:
         ways = _known(is_method).get(_shape(code, constants), [])
-    except TypeError:  # a constant that has no hash
+    except (TypeError, RecursionError, MemoryError):  # a constant has no hash; no stack or memory
         return None
     for way, names in ways:
         renamed = dict(zip(names, code.co_names, strict=True))

@@ -25,10 +25,10 @@ bool check_functional(Verdict& v, Watch& watch) {
     watch.dict(user);
   }
   if (v.against(is_replaced, "F.linear or F.mse_loss has been replaced")) return false;
-  is_replaced = !are_as_imported(o.step_methods, o.tensor, watch) ||
-                get_item(o.autograd, o.names.backward) != o.backward_function;
+  if (v.against(!are_as_imported(o.step_methods, o.tensor, watch), kMethodReplaced)) return false;
   watch.dict(o.autograd);
-  return !v.against(is_replaced, kMethodReplaced);
+  return !v.against(get_item(o.autograd, o.names.backward) != o.backward_function,
+                    "torch.autograd.backward has been replaced");
 }
 
 bool read_layer(PyObject* linear, const ModuleClass& as_linear, Verdict& v, Watch& watch,
