@@ -123,7 +123,8 @@ def _known(is_method: bool) -> dict[Shape, list[tuple[_Way, tuple[str, ...]]]]:
     known: dict[Shape, list[tuple[_Way, tuple[str, ...]]]] = {}
     ways = list(_ways())
     arguments = "self, a, b" if is_method else "a, b"
-    definitions = [f"def way({arguments}): {'; '.join(way.lines)}" for way in ways]
+    # On lines of their own, as users write them: Python 3.13 joins instructions within a line.
+    definitions = ["\n ".join([f"def way({arguments}):", *way.lines]) for way in ways]
     # Methods of what the module itself imports compile in a way of their own.
     for imports in ("", f"import {_GLOBAL}"):
         module = compile("\n".join([imports, *definitions]), __file__, "exec", dont_inherit=True)
