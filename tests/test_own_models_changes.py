@@ -109,51 +109,36 @@ def test_modules_that_the_class_gives_are_the_ones_that_run(monkeypatch):
         monkeypatch.setattr(Own, "_modules", first_two, raising=False)
 
     model = made(lambda: Own(nn.Linear(I, O), nn.Tanh(), nn.Linear(O, O)))
-    other = copy.deepcopy(model)
-    ours, theirs = sgd(model), sgd(other)
-    x, t = batch()
-    step = fused_step.TrainStep(model, nn.MSELoss(), ours)
-    for number in range(5):
-        if number == 3:
-            assert step.plan == "head"
-            change(model)
-        expected = plain_step(other, nn.MSELoss(), theirs, x, t)
-        torch.testing.assert_close(step(x, t), expected, rtol=B * EPS, atol=8 * EPS)
+    assert alike(model, change).plan == "optimizer"
 
 
-@pytest.mark.parametrize("defaults", ["__defaults__", "__kwdefaults__"])
-@pytest.mark.parametrize("within", [False, True], ids=["between steps", "within a step"])
-def test_other_defaults_of_forward_are_taken(defaults, within, monkeypatch):
-    value = (0.5,) if defaults == "__defaults__" else {"mask": torch.tensor(0.5, device=DEVICE)}
+DEFAULTS = {"__defaults__": (0.5,), "__kwdefaults__": {"mask": torch.tensor(0.5)}}
 
-    def change(_=None):
-        monkeypatch.setattr(Optional.forward, defaults, value)
+
+@pytest.mark.parametrize("defaults", DEFAULTS)
+def test_other_defaults_of_forward_are_taken(defaults, monkeypatch):
+    def change(_):
+        monkeypatch.setattr(Optional.forward, defaults, DEFAULTS[defaults])
+
+    assert alike(made(Optional), change).plan == "head"
+
+
+@pytest.mark.parametrize("defaults", DEFAULTS)
+def test_other_defaults_that_a_module_gives_are_taken_in_that_step(defaults, monkeypatch):
+    old = getattr(Optional.forward, defaults)
 
     class Changing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.calls = 0
+
         def forward(self, x):
-            self.calls = getattr(self, "calls", 0) + 1
-            if self.calls == 4:
-                change()
+            self.calls += 1
+            new = DEFAULTS[defaults] if self.calls == 4 else old
+            monkeypatch.setattr(Optional.forward, defaults, new)
             return x
 
-    model = made(Optional)
-    if within:
-        model = nn.Sequential(Changing(), model)
-    old = getattr(Optional.forward, defaults)
-    other = copy.deepcopy(model)
-    ours, theirs = sgd(model), sgd(other)
-    x, t = batch()
-    step = fused_step.TrainStep(model, nn.MSELoss(), ours)
-    for number in range(5):
-        if number == 3:
-            monkeypatch.setattr(Optional.forward, defaults, old)
-            if not within:
-                change()
-        loss = step(x, t)
-        if number == 3 and within:
-            monkeypatch.setattr(Optional.forward, defaults, old)
-        expected = plain_step(other, nn.MSELoss(), theirs, x, t)
-        torch.testing.assert_close(loss, expected, rtol=B * EPS, atol=8 * EPS)
+    alike(nn.Sequential(Changing(), made(Optional)), lambda _: None)
 
 
 @pytest.mark.parametrize("kind", [Returned, Nested, ByPath])

@@ -147,11 +147,15 @@ void LinearStep::Call::borrow(at::Tensor& tensor, PyObject* object) {
   loans_[loan_count_++] = {&tensor, object};
 }
 
-LinearStep::Call::~Call() {
+void LinearStep::Call::give_back(bool as_own) {
   for (size_t k = 0; k < loan_count_; ++k) {
-    c10::MaybeOwnedTraits<at::Tensor>::destroyBorrow(*loans_[k].tensor);
+    at::Tensor& tensor = *loans_[k].tensor;
+    at::Tensor own = as_own ? tensor : at::Tensor();
+    c10::MaybeOwnedTraits<at::Tensor>::destroyBorrow(tensor);
+    tensor = std::move(own);
     Py_DECREF(loans_[k].object);
   }
+  loan_count_ = 0;
 }
 
 // The model, the loss and the optimizer; from memory where none of them has changed. False when
@@ -166,14 +170,11 @@ bool LinearStep::read_objects(Verdict& v, Reading& reading) {
   watch.clear();
   LinearModel layer;
   const bool model = read_only_layer(model_.ptr(), loss_function_.ptr(), v, watch, layer);
-  SquaredError error;
-  const bool loss =
-      (model || v.explains()) && read_loss(loss_function_.ptr(), model_.ptr(), v, watch, error);
+  const bool loss = (model || v.explains()) &&
+                    read_loss(loss_function_.ptr(), model_.ptr(), v, watch, reading.error);
   reading.sgd.weight.object = layer.weight;
   reading.sgd.bias.object = layer.bias;
-  reading.sgd.may_be_kept = error.may_be_kept;
   reading.flattening = layer.flattening;
-  reading.error = error;
   // Without a layer only the kind of optimizer can still be said.
   const PyTypeObject* const type = Py_TYPE(optimizer_.ptr());
   const bool has_groups =
@@ -181,7 +182,7 @@ bool LinearStep::read_objects(Verdict& v, Reading& reading) {
   const bool optimizer = (loss || v.explains()) && has_groups &&
                          sgd_reader_.read(optimizer_.ptr(), v, watch, reading.sgd);
   const bool complete = model && loss && optimizer && v.applies();
-  if (complete && reading.sgd.may_be_kept) {
+  if (complete && reading.sgd.may_be_kept && reading.error.may_be_kept) {
     kept_ = reading;
   } else {
     watch.clear();
@@ -311,6 +312,7 @@ py::object LinearStep::step(py::handle input, py::handle target) {
     std::optional<py::gil_scoped_release_simple> no_gil;
     // On CUDA a launch waits where the queue is full, an allocation where it frees memory.
     if (call.state.weight.is_cuda() || call.input.numel() * O > kMinWorkWithoutGil) {
+      call.own();
       no_gil.emplace();
     }
     loss = linear_mse_sgd(call.state, call.input, call.target, memory_);
@@ -340,6 +342,7 @@ py::object LinearStep::run(py::handle inputs, py::handle targets, int64_t epochs
   if (shuffle && is_captured(call.state.weight.device())) return py::none();
   RECORD_FUNCTION("TrainStep.run", {});
   plan_ = nullptr;
+  call.own();
   make_buffers(call);
 
   using Clock = std::chrono::steady_clock;

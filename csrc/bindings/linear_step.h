@@ -67,19 +67,25 @@ class LinearStep {
     Call() = default;
     Call(const Call&) = delete;
     Call& operator=(const Call&) = delete;
-    ~Call();
+    ~Call() { give_back(/*as_own=*/false); }
 
     // Puts the tensor of `object` into `tensor`, an undefined one of this Call, and keeps `object`
-    // alive instead of the tensor: a reference to that comes back to its object, and takes the GIL
-    // for it, which is a tenth of a small step's time for the four that it has.
+    // alive instead: a reference of C++ to a tensor comes back to its object, and takes the GIL for
+    // it, which for the four of a small step is a tenth of its instructions.
     void borrow(at::Tensor& tensor, PyObject* object);
+    // Makes them references of C++, before the GIL is given away: another thread may then give the
+    // objects other tensors.
+    void own() { give_back(/*as_own=*/true); }
 
    private:
     struct Loan {
       at::Tensor* tensor;
       PyObject* object;
     };
-    std::array<Loan, 6> loans_;
+
+    void give_back(bool as_own);
+
+    std::array<Loan, 6> loans_;  // of weight and bias, their buffers, input and target
     size_t loan_count_ = 0;
   };
 

@@ -4,7 +4,8 @@
 #include <pybind11/cast.h>
 
 #include <string>
-#include <unordered_map>
+
+#include "bindings/code_readings.h"
 
 namespace fused_step {
 
@@ -34,22 +35,12 @@ bool is_called_as_module(const ModuleClass& own) {
          _PyType_Lookup(own.type, n.compiled_call_impl) == Py_None;
 }
 
-// What read_forward() says of a function, found by its code; null where it could not read just now.
-// Both are kept: the code, so that its address means nothing else later.
+// What read_forward() says of a function; null where it could not read just now.
 PyObject* forward_of(PyObject* function) {
-  static std::unordered_map<PyObject*, PyObject*> known;
-  PyObject* const code = PyFunction_GET_CODE(function);
-  const auto found = known.find(code);
-  if (found != known.end()) return found->second;
-  py::object forward = py::handle(python_objects().read_forward)(py::handle(function));
-  if (forward.is_none()) return nullptr;
-  const auto [place, is_new] =
-      known.try_emplace(code, nullptr);  // another thread may have been here
-  if (is_new) {
-    Py_INCREF(code);
-    place->second = forward.release().ptr();
-  }
-  return place->second;
+  static CodeReadings readings;
+  return readings.of(function, [](PyObject* unread) -> py::object {
+    return py::handle(python_objects().read_forward)(py::handle(unread));
+  });
 }
 
 // Of the name that fused_step/_forward.py has for it.
@@ -173,6 +164,7 @@ bool read_last_call(PyObject* module, Verdict& v, Watch& watch, LastCall& call) 
   if (!forward) return reject("forward could not be read: there is no memory or stack left");
   watch.code(own->forward);
   watch.defaults(own->forward);
+
   if (PyUnicode_Check(forward.ptr())) return reject("forward " + forward.cast<std::string>());
   PyObject* const path = PyTuple_GET_ITEM(forward.ptr(), 0);
   PyObject* const code = PyTuple_GET_ITEM(forward.ptr(), 1);

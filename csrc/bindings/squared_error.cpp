@@ -5,8 +5,8 @@
 
 #include <optional>
 #include <string>
-#include <unordered_map>
 
+#include "bindings/code_readings.h"
 #include "bindings/module_call.h"
 #include "bindings/python_objects.h"
 
@@ -45,21 +45,13 @@ bool read_partial(PyObject* loss, Verdict& v, SquaredError& reading) {
   return read_reduction(given != nullptr ? given : o.names.mean, v, reading);
 }
 
-// What read_squared_error() says of a function; kept for those that are one, with their code, so
-// that its address means nothing else later.
-py::object squared_error_of(PyObject* function, bool is_method) {
-  static std::unordered_map<PyObject*, PyObject*> known[2];
-  PyObject* const code = PyFunction_GET_CODE(function);
-  const auto found = known[is_method].find(code);
-  if (found != known[is_method].end()) return py::reinterpret_borrow<py::object>(found->second);
-  py::object read =
-      py::handle(python_objects().read_squared_error)(py::handle(function), py::bool_(is_method));
-  // Another thread may have been here.
-  if (!read.is_none() && known[is_method].try_emplace(code, read.ptr()).second) {
-    Py_INCREF(code);
-    read.inc_ref();
-  }
-  return read;
+// What read_squared_error() says of a function; null where that is no squared error.
+PyObject* squared_error_of(PyObject* function, bool is_method) {
+  static CodeReadings readings[2];
+  return readings[is_method].of(function, [&](PyObject* unread) -> py::object {
+    return py::handle(python_objects().read_squared_error)(py::handle(unread),
+                                                           py::bool_(is_method));
+  });
 }
 
 // Whether a path of names leads from a function's globals, through torch's own modules, to `end`.
@@ -88,9 +80,9 @@ bool read_function(PyObject* function, bool is_method, const std::string& is, Ve
                    Watch& watch, SquaredError& reading) {
   const PythonObjects& o = python_objects();
   watch.code(function);
-  const py::object read = squared_error_of(function, is_method);
-  if (read.is_none()) return v.reject(is + " not read as a mean or sum of squared errors");
-  PyObject* const calls = PyTuple_GET_ITEM(read.ptr(), 1);
+  PyObject* const read = squared_error_of(function, is_method);
+  if (read == nullptr) return v.reject(is + " not read as a mean or sum of squared errors");
+  PyObject* const calls = PyTuple_GET_ITEM(read, 1);
   reading.is_mse_loss = false;
   for (Py_ssize_t k = 0; k < PyTuple_GET_SIZE(calls); ++k) {
     PyObject* const call = PyTuple_GET_ITEM(calls, k);
@@ -104,7 +96,7 @@ bool read_function(PyObject* function, bool is_method, const std::string& is, Ve
   const bool is_stock = are_as_imported(o.loss_methods, o.tensor, watch) &&
                         are_as_imported(o.loss_methods, o.parameter, watch);
   return !v.against(!is_stock, kMethodReplaced) &&
-         read_reduction(PyTuple_GET_ITEM(read.ptr(), 0), v, reading);
+         read_reduction(PyTuple_GET_ITEM(read, 0), v, reading);
 }
 
 // An nn.MSELoss, or a loss of the user's own class.
@@ -125,8 +117,9 @@ bool read_module(PyObject* loss, Verdict& v, Watch& watch, SquaredError& reading
                          watch, reading);
   }
   if (v.against(_PyType_Lookup(type, o.names.reduction) != nullptr,
-                "the loss' reduction is one of its class"))
+                "the loss' reduction is one of its class")) {
     return false;
+  }
   return read_reduction(get_item(dict.ptr(), o.names.reduction), v, reading);
 }
 
@@ -145,8 +138,9 @@ bool read_loss(PyObject* loss, PyObject* model, Verdict& v, Watch& watch, Square
     return read_function(loss, /*is_method=*/false, "the loss is a function that is", v, watch,
                          reading);
   }
-  if (PyType_IsSubtype(Py_TYPE(loss), o.module.type) != 0)
+  if (PyType_IsSubtype(Py_TYPE(loss), o.module.type) != 0) {
     return read_module(loss, v, watch, reading);
+  }
   return v.reject(std::string("the loss is ") + Py_TYPE(loss)->tp_name +
                   ", not nn.MSELoss, F.mse_loss or a function");
 }

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
 // Tells whether the Python objects that a reading came from are as they were, without reading them
 // again: CPython gives a dictionary a new version number, unique in the process, at each change,
-// and a class likewise. Some 40 lookups become some 20 comparisons.
+// and a class likewise. Dozens of lookups become some 30 comparisons.
 //
 // No references are held. An entry's object is kept alive by an entry before it (a dictionary by
 // the dictionary it was found in, in the end by a root), so the comparison stops at the first
@@ -52,7 +52,8 @@ class Watch {
   }
   // A dictionary of another class, which may change without a new version.
   void unwatched(PyObject* dict) { entries_.push_back({Kind::kDict, nullptr, dict, 0}); }
-  // One entry of a dictionary whose others change all the time.
+  // One entry of a dictionary whose others change all the time. `value` must live as long as the
+  // process: something else could come to the address of one that is gone.
   void item(PyObject* dict, PyObject* key, PyObject* value) {
     entries_.push_back({Kind::kItem, dict, value, 0, key});
   }
